@@ -1,0 +1,1 @@
+"""The press shop: what prepares the chapters. No chapter's maths depends on it."""

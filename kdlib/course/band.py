@@ -1,0 +1,30 @@
+"""The band that a chapter's smoke results fall into, recorded from several seeds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pandas
+
+from kdlib import files
+from kdlib.course.chapters import Chapter, root
+from kdlib.course.execute import run
+
+
+def record(chapter: Chapter, seeds: int) -> bool:
+    """Run ``chapter`` at ``smoke`` from ``seeds`` first seeds and store mean ± 4 sd of each value."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "values.jsonl"
+        for first in range(seeds):
+            options = {"KDLIB_SCALE": "smoke", "KDLIB_FIRST_SEED": str(100 * first), "KDLIB_BAND_LOG": str(log)}
+            if not run(chapter, options, out=Path(folder)):
+                return False
+        values = pandas.read_json(log, lines=True)
+    path = Path(os.environ.get("KDLIB_RESULTS") or root() / "results") / "smoke_bands.json"
+    bands = files.read_json(path) if path.exists() else {}
+    middle, half = values.mean(), 4 * values.std()
+    bands[chapter.name] = {k: [round(middle[k] - half[k], 4), round(middle[k] + half[k], 4)] for k in values}
+    files.write_json(path, bands)
+    return True

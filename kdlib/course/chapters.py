@@ -1,0 +1,76 @@
+"""The chapters there are, and what the README and the headers say of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdlib.scoreboard import clone_folder
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A table of results shown in the README: which of a results file's tables, which metric, against which arm."""
+
+    table: str
+    metric: str
+    baseline: str
+    title: str
+    arms: tuple[str, ...] = ()  # all, if none are named
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One notebook."""
+
+    number: str
+    name: str
+    title: str
+    question: str
+    data: dict[str, str]  # by scale, with the size of the download
+    headlines: tuple[Headline, ...]
+
+    @property
+    def path(self) -> Path:
+        return root() / "notebooks" / f"{self.name}.ipynb"
+
+
+CIFAR = "CIFAR-10, 170 MB"
+CHAPTERS = (
+    Chapter(
+        "00", "00_foundations", "Foundations",
+        "What is in a teacher's wrong answers, where does T² come from, and does a better teacher teach better?",
+        {"smoke": "embedded digits, no download", "lab": CIFAR, "full": CIFAR},
+        (
+            Headline("students", "test_accuracy", "labels only", "one small student, what it learns from"),
+            Headline("capacity_gap", "test_accuracy", "labels only", "the same student, who teaches it (KD, T = 4)"),
+        ),
+    ),
+)  # fmt: skip
+
+
+def root() -> Path:
+    """The clone of the course.
+
+    Raises:
+        FileNotFoundError: there is none around this package or the working folder.
+    """
+    folder = clone_folder()
+    if folder is None:
+        raise FileNotFoundError("this command works in a clone of the course; go to its folder and call it again")
+    return folder
+
+
+def chapters(numbers: list[str]) -> list[Chapter]:
+    """The chapters of these numbers, ``all`` for all.
+
+    Raises:
+        ValueError: no such chapter.
+    """
+    known = {chapter.number: chapter for chapter in CHAPTERS}
+    if numbers == ["all"]:
+        return list(known.values())
+    for number in numbers:
+        if number not in known:
+            raise ValueError(f"there is no chapter {number!r}; there are {', '.join(known)}")
+    return [known[number] for number in numbers]

@@ -1,0 +1,86 @@
+"""Running chapters: every cell through a kernel, at a chosen scale, with a bar, and what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from tqdm.auto import tqdm
+
+from kdlib import files, rehearsal, scale, scoreboard
+from kdlib.course import cells
+from kdlib.course.chapters import Chapter
+from kdlib.course.results import lines
+
+
+def run(chapter: Chapter, options: dict[str, str], *, out: Path | None = None, in_place: bool = False) -> bool:
+    """Execute ``chapter`` with the environment variables ``options``; False if a cell failed.
+
+    The executed notebook goes to ``out`` (``executed`` in kdlib's home by default), or back into ``notebooks/``.
+    """
+    folder = out or files.home() / "executed" / (
+        options["KDLIB_SCALE"] + ("-rehearsal" if "KDLIB_REHEARSE" in options else "")
+    )
+    figures = folder / f"{chapter.name}_figures"
+    log = folder / f"{chapter.name}_rehearsal.jsonl"
+    log.unlink(missing_ok=True)
+    options = {"KDLIB_FIGURES": str(figures), "KDLIB_REHEARSAL_LOG": str(log), **options}
+    if options["KDLIB_SCALE"] == "smoke":
+        options.setdefault("KDLIB_RESULTS", str(folder / "results"))
+    notebook = cells.read(chapter.path)
+    began = time.perf_counter()
+    with _environment(options):
+        failure = _execute(notebook, chapter)
+        target = chapter.path if in_place and not failure else folder / f"{chapter.name}.ipynb"
+        cells.write(cells.tidy(notebook) if in_place else notebook, target)
+        print(f"\n{chapter.name}: {'stopped' if failure else 'done'} after {time.perf_counter() - began:.0f} s")
+        print(f"  executed notebook  {target}\n  figures            {figures}")
+        if failure:
+            print(f"\n{failure}", file=sys.stderr)
+            return False
+        if scale.rehearsing():
+            print(rehearsal.report().to_string(index=False, float_format=lambda x: f"{x:,.4g}"))
+        else:
+            _print_results(chapter)
+    return True
+
+
+def _execute(notebook, chapter: Chapter) -> str:
+    """Run the cells; the failing cell and its error as text, or nothing."""
+    count = sum(cell.cell_type == "code" for cell in notebook.cells)
+    with tqdm(total=count, desc=chapter.name, unit="cell") as bar:
+        client = NotebookClient(
+            notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(chapter.path.parent)}},
+            on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(),
+        )  # fmt: skip
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            return f"The cell that failed:\n\n{error.traceback}\n{error.ename}: {error.evalue}"
+    return ""
+
+
+def _print_results(chapter: Chapter) -> None:
+    path = scoreboard.results_folder() / f"{chapter.name}.{scale.scale()}.{scale.hardware()}.json"
+    if path.exists():
+        print("\n".join(["", *lines(chapter, files.read_json(path))]))
+
+
+@contextlib.contextmanager
+def _environment(options: dict[str, str]) -> Iterator[None]:
+    """The variables, here and in the kernels started meanwhile; kdlib is importable there from any folder."""
+    before = dict(os.environ)
+    here = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(p for p in (here, os.environ.get("PYTHONPATH")) if p)
+    os.environ.update(options | {"PYTHONPATH": path})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

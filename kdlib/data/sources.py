@@ -1,0 +1,65 @@
+"""Where data and models come from: embedded, a local folder under ``KDLIB_DATA``, else a download."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from kdlib import files
+
+SECONDS_TO_ANSWER = 5  # a host that has not answered by then counts as out of reach
+
+
+def root(folder: str | Path | None = None) -> Path:
+    """The folder of real data: ``folder``, else ``KDLIB_DATA``, else ``data`` in kdlib's home."""
+    return Path(folder or os.environ.get("KDLIB_DATA") or files.home() / "data").expanduser()
+
+
+def local(name: str, folder: str | Path | None = None) -> Path | None:
+    """``<root>/<name>`` if it is there."""
+    path = root(folder) / name
+    return path if path.exists() else None
+
+
+def embedded(name: str) -> Path:
+    """A file of the repository's ``data`` folder (an installed package carries them as ``kdlib/embedded``)."""
+    package = Path(__file__).resolve().parents[1]
+    places = (package.parent / "data" / name, package / "embedded" / name)
+    for path in places:
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{name} is neither at {places[0]} nor at {places[1]}; install kdlib again")
+
+
+def offline() -> bool:
+    """Whether downloads are switched off, by kdlib's own variable or the hub's."""
+    return any(os.environ.get(name, "") not in ("", "0") for name in ("KDLIB_OFFLINE", "HF_HUB_OFFLINE"))
+
+
+def reachable(url: str) -> bool:
+    """Whether the host of ``url`` answers within a few seconds (asked for before any library's own retries)."""
+    if offline():
+        return False
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=SECONDS_TO_ANSWER).close()
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def hub() -> str:
+    """The address of the Hugging Face hub, or of the mirror in ``HF_ENDPOINT``."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def missing(name: str, layout: str, remedy: str, folder: str | Path | None = None) -> FileNotFoundError:
+    """The error for what is not at hand: where it was looked for, how to get it, and which scale needs none."""
+    return FileNotFoundError(
+        f"{name} is not at hand: nothing at {root(folder) / layout}, and no download was possible. {remedy} "
+        "KDLIB_DATA names the folder to look in; data/README.md has the layout of every set. "
+        "KDLIB_SCALE=smoke needs no download"
+    )

@@ -1,0 +1,98 @@
+"""Every mismatch between teacher, student and data is named before training."""
+
+import pytest
+import torch
+from torch import nn
+
+import kdlib as kd
+
+CLASSES = ("cat", "dog", "car", "ship")
+
+
+class Oracle(nn.Module):
+    """Reads the class from the first pixel; ``order`` says where it puts each class."""
+
+    def __init__(self, classes=4, order=None, scale=5.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(scale))
+        self.classes, self.order = classes, order or list(range(classes))
+
+    def forward(self, x):
+        right = (x[:, 0, 0, 0] * 2 + 1.5).round().long()
+        return self.weight * torch.eye(self.classes)[torch.tensor(self.order)[right]]
+
+
+def batch(n=128):
+    y = torch.arange(n) % 4
+    x = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x[:, 0, 0, 0] = (y - 1.5) / 2
+    return {"x": x, "y": y, "id": torch.arange(n)}
+
+
+def report(model=None, student=None, data=None, names=CLASSES, classes=CLASSES):
+    teacher = kd.Teacher(model or Oracle(), name="t", classes=names)
+    return kd.check_contract(teacher, student or kd.models.small_cnn(4), data or batch(), classes=classes)
+
+
+def test_a_good_match_has_nothing_to_say():
+    found = report()
+    assert found.ok, str(found)
+    found.raise_if_broken()
+    assert "✗" not in str(found)
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (lambda: report(student=kd.models.small_cnn(7)), "teacher 4, student 7"),
+        (lambda: report(names=("dog", "cat", "car", "ship")), "class 0 is 'dog' for the teacher and 'cat' in the data"),
+        (lambda: report(names=("cat", "dog", "car", "boat")), "only one of the two has ['boat', 'ship']"),
+        (lambda: report(Oracle(order=[1, 2, 3, 0])), "permuted"),
+        (lambda: report(Oracle(scale=float("nan"))), "NaN or infinity"),
+        (lambda: report(data={**batch(), "x": 255 * batch()["x"].abs()}), "divide by 255"),
+        (lambda: report(nn.Sequential(nn.Flatten(), nn.Linear(48, 4))), "the teacher runs on a batch"),
+        (lambda: report(data={**batch(), "y": batch()["y"] + 3}), "label 6 does not exist"),
+    ],
+)  # fmt: skip
+def test_each_mismatch_is_named(broken, said):
+    found = broken()
+    assert not found.ok and said in str(found), str(found)
+    with pytest.raises(ValueError, match="do not fit"):
+        found.raise_if_broken()
+
+
+def test_all_mismatches_are_named_at_once():
+    text = str(
+        report(
+            student=kd.models.small_cnn(7),
+            names=("dog", "cat", "car", "ship"),
+            data={**batch(), "x": 255 * batch()["x"].abs()},
+        )
+    )
+    assert text.count("✗") >= 3
+
+
+def test_a_foreign_tokenizer():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(10, 4), nn.Linear(4, 2)
+
+        def forward(self, input_ids, attention_mask):
+            return self.head(self.words(input_ids).mean(1))
+
+    teacher = kd.Teacher(Bag(), name="t", inputs=lambda b: {k: b[k] for k in ("input_ids", "attention_mask")})
+    ids = torch.full((4, 3), 12)
+    found = kd.check_contract(
+        teacher,
+        Bag(),
+        {"input_ids": ids, "attention_mask": ids, "y": torch.zeros(4, dtype=torch.int64), "id": torch.arange(4)},
+    )
+    assert "the batch has id 12" in str(found)
+
+
+def test_the_student_keeps_its_mode():
+    student = kd.models.small_cnn(4).train()
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    report(student=student)
+    assert student.training and all(torch.equal(v, before[k]) for k, v in student.state_dict().items())

@@ -1,0 +1,289 @@
+"""What made a result, as one hash: it changes with all that acts, and with nothing else."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kdlib.fingerprint import fingerprint
+from kdlib.scale import Settings
+
+BASE = '''
+import functools, threading
+from dataclasses import dataclass
+import torch
+from torch import nn
+import kdlib as kd
+from kdlib.scale import Settings
+
+run = Settings(scale="smoke", seeds=[0], jobs=1, epochs=3, unread=1)
+FACTOR = 2.0
+lock = threading.Lock()
+
+def deep(x):
+    return x * FACTOR
+
+def helper(x, shift=1):
+    """Says something."""
+    return deep(x) + shift  # a comment
+
+def forth(n):
+    return back(n - 1) if n else 0
+
+def back(n):
+    return forth(n)
+
+def traced(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+    return inner
+
+@traced
+def decorated(x):
+    return x + 10
+
+class Parent(nn.Module):
+    def size(self):
+        return 4
+
+class Net(Parent):
+    def forward(self, x):
+        return x * self.size()
+
+@dataclass
+class Plain:
+    width: int = 3
+
+def made(power):
+    def inner(x):
+        return x ** power
+    return inner
+
+cube = made(3)
+
+def train(seed, folder, rate=0.1):
+    forth(seed)
+    lock = "a local of the same name as a global lock"
+    net, plain = Net(), Plain()
+    return kd.losses.kd_loss, run.epochs, helper(rate), decorated(1), cube(2), (lambda x: x + 1)(1)
+'''
+
+
+def hashed(folder, text):
+    """The fingerprint of ``train`` in a script that really is __main__."""
+    script = folder / "script.py"
+    end = "\nfrom kdlib.fingerprint import fingerprint\nprint(fingerprint(train))\n"
+    script.write_text(text + end)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def in_process(tmp_path_factory):
+    """The same script imported under many texts in one process: fast, and by the path of ordinary files."""
+    import importlib.util
+
+    count = iter(range(1000))
+
+    def load(text):
+        name = f"chapter_{next(count)}"
+        path = tmp_path_factory.mktemp("chapters") / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+ACTS = {
+    "a constant of a helper's helper": ("FACTOR = 2.0", "FACTOR = 3.0"),
+    "a helper": ("deep(x) + shift", "deep(x) - shift"),
+    "a helper's default": ("shift=1", "shift=2"),
+    "its own default": ("rate=0.1", "rate=0.2"),
+    "a setting that is read": ("epochs=3", "epochs=4"),
+    "one of two functions that call each other": ("return forth(n)", "return forth(n) + 1"),
+    "what is under a decorator": ("x + 10", "x + 11"),
+    "the decorator": ("return function(*args)", "return -function(*args)"),
+    "a method": ("x * self.size()", "x + self.size()"),
+    "a method of the parent class": ("return 4", "return 5"),
+    "a dataclass's default": ("width: int = 3", "width: int = 4"),
+    "a closure's value": ("cube = made(3)", "cube = made(4)"),
+    "a closure's code": ("x ** power", "x * power"),
+    "a lambda": ("lambda x: x + 1", "lambda x: x + 2"),
+    "which of kdlib's functions": ("kd.losses.kd_loss", "kd.losses.reverse_kl_loss"),
+}
+DOES_NOT = {
+    "a comment": ("# a comment", "# another"),
+    "a docstring": ('"""Says something."""', '"""Says it better."""'),
+    "an annotation": ("def deep(x)", "def deep(x: float) -> float"),
+    "layout": ("return x * FACTOR", "return (\n        x * FACTOR\n    )"),
+    "a setting that is not read": ("unread=1", "unread=2"),
+    "seeds and jobs": ("seeds=[0], jobs=1", "seeds=[0, 1], jobs=2"),
+    "a global that is not reached": ("FACTOR = 2.0", "FACTOR = 2.0\nOTHER = 7"),
+}
+
+
+def key(module):
+    """Of the function as if the module had one name: only the text differs."""
+    return fingerprint(module.train)
+
+
+@pytest.mark.parametrize("what", ACTS)
+def test_what_acts_changes_it(in_process, what):
+    before, after = ACTS[what]
+    assert before in BASE
+    assert key(in_process(BASE)) != key(in_process(BASE.replace(before, after)))
+
+
+@pytest.mark.parametrize("what", DOES_NOT)
+def test_what_does_not_act_leaves_it(in_process, what):
+    before, after = DOES_NOT[what]
+    assert before in BASE
+    assert key(in_process(BASE)) == key(in_process(BASE.replace(before, after)))
+
+
+def test_a_script_agrees_with_itself_and_sees_a_change(tmp_path):
+    first = hashed(tmp_path, BASE)
+    assert first == hashed(tmp_path, BASE.replace("# a comment", ""))
+    assert first != hashed(tmp_path, BASE.replace("FACTOR = 2.0", "FACTOR = 2.5"))
+
+
+def test_two_lambdas_on_a_line_are_told_apart(in_process):
+    module = in_process("f, g = lambda x: x, lambda x: -x\n")
+    assert fingerprint(module.f) != fingerprint(module.g)
+
+
+def test_settings_handed_on_whole_count_whole_but_for_where_runs_are_made(in_process):
+    text = "from kdlib.scale import Settings\nrun = Settings(scale='lab', seeds=[1], jobs=1, a=1)\n"
+    text += "def train():\n    return other(run)\ndef other(s):\n    return s\n"
+    first = key(in_process(text))
+    assert first == key(in_process(text.replace("seeds=[1], jobs=1", "seeds=[2], jobs=4")))
+    assert first != key(in_process(text.replace("a=1", "a=2")))
+
+
+def test_imports_inside_a_function_are_followed(in_process):
+    text = "def train():\n    from kdlib import losses\n    return losses.{}\n"
+    loss = "def train():\n    from kdlib.losses import kd_loss\n    return kd_loss\n"
+    assert key(in_process(text.format("kd_loss"))) != key(in_process(text.format("hinton_loss")))
+    assert key(in_process(loss)) != key(in_process(loss.replace("kd_loss", "hinton_loss")))
+
+
+def test_a_modules_own_list_may_fill_up(in_process):
+    module = in_process("seen = []\ndef train():\n    seen.append(1)\n")
+    before = key(module)
+    module.train()
+    assert key(module) == before
+
+
+def test_what_has_no_fingerprint_is_named_with_the_remedy(in_process):
+    text = "import sys\nimport threading\nsys.modules[__name__].held = threading.Lock()\n"
+    text += "def train():\n    return held\n"
+    with pytest.raises(ValueError, match="train uses 'held'.*cannot be fingerprinted.*lock.*'fingerprint'"):
+        key(in_process(text))
+    with pytest.raises(ValueError, match="cannot be fingerprinted.*lock"):
+        fingerprint({"a": threading.Lock()})
+
+
+def test_a_file_edited_after_its_import_is_refused(in_process):
+    module = in_process("def train():\n    return 1\n")
+    Path(module.__file__).write_text("X = 1\n\n\ndef train():\n    return 2\n")
+    with pytest.raises(ValueError, match="edited after.*restart the kernel"):
+        key(module)
+
+
+def test_source_that_is_gone_is_named():
+    space = {"__name__": "__main__"}
+    exec("def train():\n    return 1", space)
+    with pytest.raises(ValueError, match="source of train is not at hand"):
+        fingerprint(space["train"])
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (1, 1.0),
+        (1, True),
+        ("1", 1),
+        (None, "None"),
+        ([1, 2], [2, 1]),
+        ([[1], 2], [1, [2]]),
+        (["ab", "c"], ["a", "bc"]),
+        ({"a": 1}, {"a": 2}),
+        (torch.zeros(2, 3), torch.zeros(3, 2)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
+        (torch.zeros(2), torch.tensor([0.0, 1e-30])),
+        (torch.zeros(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.float16)),
+        (np.zeros(2), np.zeros(2, dtype=np.float32)),
+        (partial(int, base=2), partial(int, base=3)),
+        (nn.Dropout(0.1), nn.Dropout(0.2)),
+        (torch.float16, torch.bfloat16),
+        (OrderedDict(a=1), {"a": 1}),
+        (Path("a"), Path("b")),
+        (Settings(a=1), Settings(a=2)),
+    ],
+)
+def test_different_values_differ(one, other):
+    assert fingerprint(one) != fingerprint(other)
+
+
+def test_equal_values_agree_whatever_their_memory():
+    x = torch.randn(4, 6)
+    assert fingerprint(x.T) == fingerprint(x.T.contiguous()) and fingerprint(x[:2]) == fingerprint(
+        x[:2].clone()
+    )
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+    assert fingerprint(np.arange(6.0).reshape(2, 3).T) == fingerprint(np.arange(6.0).reshape(2, 3).T.copy())
+
+
+def test_a_model_counts_by_weights_class_and_buffers_not_by_mode():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = fingerprint(model)
+    assert fingerprint(model.eval()) == before
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-6
+    changed = fingerprint(model)
+    assert changed != before
+    model.train()(torch.randn(4, 3))
+    assert fingerprint(model) != changed
+
+
+def test_an_objects_own_fingerprint_is_taken():
+    class Data:
+        def __init__(self, mark):
+            self.fingerprint, self.lock = mark, threading.Lock()
+
+    assert fingerprint(Data("a")) == fingerprint(Data("a")) != fingerprint(Data("b"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(VALUES, VALUES)
+def test_two_values_agree_exactly_if_they_are_written_alike(one, other):
+    def spelled(value):
+        if isinstance(value, dict):
+            return "{" + ",".join(sorted(repr(k) + spelled(v) for k, v in value.items())) + "}"
+        return "[" + ",".join(map(spelled, value)) + "]" if isinstance(value, list) else repr(value)
+
+    assert (fingerprint(one) == fingerprint(other)) == (spelled(one) == spelled(other))

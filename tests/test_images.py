@@ -1,0 +1,403 @@
+"""Image sets: what a batch holds, what `view` promises, draws, class folders, and errors that name the file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from torchvision.io import write_png
+
+import kdlib as kd
+from kdlib.data.image_sets import STATISTICS, ImageSet
+from kdlib.data.rows import FIRST_ID, stratified
+
+
+def toy(n=40, classes=4, side=6, channels=3) -> ImageSet:
+    g = torch.Generator().manual_seed(n)
+    return ImageSet(
+        images=torch.randint(256, (n, channels, side, side), generator=g, dtype=torch.uint8),
+        labels=torch.arange(n) % classes,
+        ids=torch.arange(n) + 500,
+        classes=[f"c{c}" for c in range(classes)],
+        mean=(0.4, 0.5, 0.6)[:channels],
+        std=(0.2, 0.3, 0.25)[:channels],
+        name="toy",
+    )
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def in_id_order(batches):
+    whole = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+    order = whole["id"].argsort()
+    return {key: value[order] for key, value in whole.items()}
+
+
+# --- batches -------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_the_normalised_pixels_channels_last():
+    data = toy()
+    batch = next(data.batches(8, shuffle=False).epoch(0))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (data.mean, data.std))
+    torch.testing.assert_close(batch["x"], (data.images[:8] / 255 - mean) / std)
+    assert batch["x"].dtype == torch.float32 and batch["x"].is_contiguous(memory_format=torch.channels_last)
+    assert batch["id"].tolist() == list(range(500, 508)) and batch["y"].tolist() == data.labels[:8].tolist()
+    assert batch["view"].tolist() == [0] * 8
+
+
+def test_normalising_does_not_depend_on_the_memory_format_of_the_pixels():
+    data = toy()
+    last = replace(data, images=data.images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(last.normalised(), data.normalised()) and last.fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize("crop", [0, 2])
+@pytest.mark.parametrize("flip", [False, True])
+def test_batches_are_a_function_of_seed_epoch_and_number_alone(flip, crop):
+    batches = toy().batches(16, seed=3, flip=flip, crop=crop)
+    whole = list(batches.epoch(5))
+    torch.manual_seed(1234)
+    torch.rand(99)
+    state = torch.get_rng_state()
+    for start in range(len(batches) + 1):
+        assert all(same(a, b) for a, b in zip(batches.epoch(5, start), whole[start:], strict=True))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator was used"
+    assert [len(b["y"]) for b in whole] == [16, 16, 8] and len(batches) == 3
+    other_epoch, other_seed = (
+        list(batches.epoch(6)),
+        list(toy().batches(16, seed=4, flip=flip, crop=crop).epoch(5)),
+    )
+    assert not torch.equal(whole[0]["id"], other_epoch[0]["id"])
+    assert not torch.equal(whole[0]["id"], other_seed[0]["id"])
+
+
+def test_every_image_comes_once_an_epoch_with_its_label():
+    data = toy(37)
+    seen = in_id_order(list(data.batches(8, seed=1, flip=True).epoch(0)))
+    assert torch.equal(seen["id"], data.ids) and torch.equal(seen["y"], data.labels)
+    short = data.batches(8, drop_last=True)
+    assert len(short) == 4 and short.examples == 32 and [len(b["y"]) for b in short.epoch(0)] == [8] * 4
+
+
+@examples(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**40), epoch=st.integers(0, 500))
+def test_view_1_is_exactly_the_mirrored_image(seed, epoch):
+    data = toy()
+    seen = in_id_order(list(data.batches(16, seed=seed, flip=True).epoch(epoch)))
+    plain, mirrored = (torch.cat([b["x"] for b in data.view_batches(view, 16)]) for view in (0, 1))
+    assert torch.equal(mirrored, plain.flip(-1))
+    expected = torch.where(seen["view"].view(-1, 1, 1, 1) == 1, mirrored, plain)
+    assert torch.equal(seen["x"], expected)
+
+
+def test_flips_are_as_frequent_as_not_and_differ_between_epochs():
+    batches = toy(400).batches(100, flip=True)
+    views = torch.stack([in_id_order(list(batches.epoch(e)))["view"] for e in range(10)])
+    assert abs(views.float().mean() - 0.5) < 0.04
+    assert (views.sum(0) > 0).float().mean() > 0.98 and (views.sum(0) < 10).float().mean() > 0.98
+
+
+def test_a_crop_is_the_image_moved_with_black_from_outside():
+    data = toy(300, side=5)
+    batches = data.batches(300, crop=2)
+    assert not batches.cacheable and data.batches(300, flip=True).cacheable
+    seen = in_id_order(list(batches.epoch(0)))
+    black = -torch.tensor(data.mean) / torch.tensor(data.std)
+    padded = black.view(1, 3, 1, 1).expand(300, 3, 9, 9).clone()
+    padded[:, :, 2:7, 2:7] = data.normalised()
+    windows = torch.stack([padded[:, :, t : t + 5, left : left + 5] for t in range(5) for left in range(5)])
+    hits = (windows - seen["x"]).abs().amax((2, 3, 4)) < 1e-5
+    assert hits.any(0).all(), "some image is no window of itself"
+    assert hits.any(1).all(), "some of the 25 positions never came"
+    assert next(batches.epoch(0))["x"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_mirrored_and_cropped_image_is_a_crop_of_the_mirrored_one():
+    data = toy(60, side=5)
+    both = in_id_order(list(data.batches(60, seed=2, flip=True, crop=1).epoch(0)))
+    source = torch.where(both["view"].view(-1, 1, 1, 1) == 1, data.images.flip(-1), data.images)
+    moved = [replace(data, images=torch.nn.functional.pad(source, (1,) * 4)[:, :, t : t + 5, left : left + 5]).normalised()
+             for t in range(3) for left in range(3)]  # fmt: skip
+    assert torch.stack([(m == both["x"]).flatten(1).all(1) for m in moved]).any(0).all()
+
+
+def test_wrong_sizes_and_views_are_named():
+    data = toy()
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        data.batches(0)
+    with pytest.raises(ValueError, match="no batch of 64"):
+        data.batches(64, drop_last=True)
+    with pytest.raises(ValueError, match="view is 2"):
+        next(data.view_batches(2))
+    with pytest.raises(ValueError, match="41 examples asked for, 40 are there"):
+        data.sample(41, 0)
+    with pytest.raises(ValueError, match="side is 0"):
+        data.resize(0)
+
+
+def test_fit_takes_the_batches():
+    data = toy(24, side=8)
+    model = kd.models.small_cnn(4, channels=(4,))
+    loss = lambda m, b: (torch.nn.functional.cross_entropy(m(b["x"]), b["y"]), {})  # noqa: E731
+    fit = kd.fit(
+        model,
+        loss,
+        data.batches(10, flip=True),
+        epochs=2,
+        optimizer=lambda p: torch.optim.SGD(p, 0.1),
+        progress=False,
+    )
+    assert fit.steps == 6
+    assert kd.metrics.predict(model, data).shape == (24, 4)
+
+
+# --- draws ---------------------------------------------------------------------------------------------------
+
+
+@examples(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=8),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_draws_are_stratified_and_exact(counts, share, seed):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    n = int(share * len(labels))
+    rows = stratified(labels, n, seed)
+    assert len(rows) == n == len(rows.unique())
+    for c, count in enumerate(counts):
+        if len(labels):
+            assert abs(int((labels[rows] == c).sum()) - n * count / len(labels)) < 1
+    assert torch.equal(rows, stratified(labels, n, seed))
+
+
+def test_split_and_sample_are_disjoint_deterministic_and_keep_the_ids():
+    data = toy(200)
+    rest, held_out = data.split(60, seed=1)
+    again = data.split(60, seed=1)[1]
+    assert again.fingerprint == held_out.fingerprint != data.split(60, seed=2)[1].fingerprint
+    assert not set(rest.ids.tolist()) & set(held_out.ids.tolist())
+    assert sorted(rest.ids.tolist() + held_out.ids.tolist()) == data.ids.tolist()
+    assert held_out.labels.bincount().tolist() == [15] * 4
+    few = rest.sample(20, seed=0)
+    assert few.labels.bincount().tolist() == [5] * 4 and set(few.ids.tolist()) <= set(rest.ids.tolist())
+    for part in (held_out, few, few.resize(3)):
+        rows = part.ids - 500
+        assert torch.equal(part.labels, data.labels[rows])
+    assert torch.equal(few.images, data.images[few.ids - 500])
+    assert torch.equal(data.take(data.ids > 690).ids, data.ids[data.ids > 690])
+
+
+def test_the_fingerprint_sees_pixels_labels_ids_names_and_normalisation():
+    data = toy()
+    pixels = data.images.clone()
+    pixels[3, 0, 0, 0] ^= 1
+    changed = [
+        replace(data, images=pixels), replace(data, labels=data.labels.flip(0)), replace(data, ids=data.ids + 1),
+        replace(data, classes=data.classes[::-1]), replace(data, mean=(0.4, 0.5, 0.61)),
+    ]  # fmt: skip
+    assert len({d.fingerprint for d in (data, *changed)}) == 6
+    prints = {
+        data.batches(8, **kw).fingerprint for kw in ({}, {"seed": 1}, {"flip": True}, {"crop": 1}, {"shuffle": False})
+    }
+    assert len(prints) == 5
+
+
+def test_resize_is_the_mean_over_areas():
+    data = toy(side=8)
+    small = data.resize(4)
+    blocks = data.images.float().view(40, 3, 4, 2, 4, 2).mean((3, 5))
+    assert (small.images.float() - blocks).abs().max() <= 0.5 and small.images.dtype == torch.uint8
+    assert data.resize(8) is data and data.resize(12).images.shape == (40, 3, 12, 12)
+    # Twins: resizing the mirror image is mirroring the resized one, so a twin's cached answers apply at every size.
+    mirrored = replace(data, images=data.images.flip(-1))
+    assert torch.equal(small.images.flip(-1), mirrored.resize(4).images)
+
+
+# --- named sets ----------------------------------------------------------------------------------------------
+
+
+def test_digits_are_embedded_and_split_for_good(monkeypatch):
+    monkeypatch.setenv("KDLIB_OFFLINE", "1")
+    data = kd.data.images("digits")
+    assert (len(data.train), len(data.test)) == (1197, 600) and data.classes == [str(n) for n in range(10)]
+    assert sorted(data.train.ids.tolist() + data.test.ids.tolist()) == list(range(1797))
+    assert abs(data.train.normalised().mean()) < 0.02 and abs(data.train.normalised().std() - 1) < 0.02
+    assert data.test.labels.bincount().max() - data.test.labels.bincount().min() <= 3
+    from sklearn.datasets import load_digits
+
+    whole = load_digits()
+    row = int(data.test.ids[7])
+    assert data.test.labels[7] == whole.target[row]
+    torch.testing.assert_close(
+        data.test.images[7, 0].float() / 255 * 16, torch.tensor(whole.images[row]).float(), atol=0.04, rtol=0
+    )
+
+
+def write_images(root, part, counts, side=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    for name, count in counts.items():
+        (root / part / name).mkdir(parents=True)
+        for n in range(count):
+            write_png(
+                torch.randint(256, (3, side, side), generator=g, dtype=torch.uint8),
+                str(root / part / name / f"{n:03}.png"),
+            )
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("KDLIB_OFFLINE", "1")
+    root = tmp_path / "data" / "cifar10"
+    write_images(root, "train", {"cat": 4, "airplane": 3})
+    write_images(root, "test", {"cat": 2, "airplane": 1}, seed=1)
+    return root
+
+
+def test_class_folders_are_decoded_once(folder, monkeypatch):
+    from torchvision.io import decode_image
+
+    data = kd.data.images("cifar10")
+    assert data.classes == ["airplane", "cat"] and data.train.labels.tolist() == [0] * 3 + [1] * 4
+    assert torch.equal(data.train.images[3], decode_image(str(folder / "train" / "cat" / "000.png")))
+    assert data.train.ids.tolist() == list(range(7)) and data.test.ids.tolist() == [
+        FIRST_ID["test"] + n for n in range(3)
+    ]
+    assert data.train.mean == STATISTICS["cifar10"][0]
+    monkeypatch.setattr("torchvision.io.decode_image", lambda *a: pytest.fail("decoded again"))
+    again = kd.data.images("cifar10")
+    assert again.train.fingerprint == data.train.fingerprint
+    assert again.train.images.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_a_changed_file_or_a_damaged_store_is_decoded_again(folder, tmp_path):
+    first = kd.data.images("cifar10").train.fingerprint
+    (store,) = (tmp_path / "home" / "data").glob("*.safetensors")
+    store.write_bytes(store.read_bytes()[:-20])
+    assert kd.data.images("cifar10").train.fingerprint == first
+    write_png(torch.zeros(3, 5, 5, dtype=torch.uint8), str(folder / "train" / "cat" / "000.png"))
+    changed = kd.data.images("cifar10").train
+    assert changed.images[3].sum() == 0 and changed.fingerprint != first
+
+
+def test_a_broken_image_is_named_and_nothing_is_stored(folder, tmp_path):
+    path = folder / "train" / "cat" / "001.png"
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(ValueError, match=r"cat/001\.png cannot be decoded.*unpack that file again"):
+        kd.data.images("cifar10")
+    assert not list((tmp_path / "home" / "data").glob("*.safetensors"))
+
+
+def test_an_image_of_another_size_and_an_unknown_class_are_named(folder):
+    write_images(folder, "test", {"zebra": 1})
+    with pytest.raises(ValueError, match="zebra is no class of"):
+        kd.data.images("cifar10")
+    (folder / "test" / "zebra" / "000.png").unlink()
+    write_png(torch.zeros(3, 5, 7, dtype=torch.uint8), str(folder / "train" / "cat" / "003.png"))
+    with pytest.raises(ValueError, match=r"003\.png has 7x5 pixels, the images before it 5x5"):
+        kd.data.images("cifar10")
+
+
+def test_your_own_folder_brings_its_own_statistics(folder):
+    (folder / "train" / "cat" / "Thumbs.db").write_bytes(b"no image")
+    data = kd.data.images(folder)
+    assert data.name == "cifar10" and len(data.train) == 7
+    x = data.train.normalised().double()
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std((0, 2, 3), unbiased=False), torch.ones(3).double(), atol=1e-5, rtol=0)
+
+
+def test_the_official_tiny_layout_with_an_images_folder_and_a_grey_image(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+    root = tmp_path / "tiny_imagenet_100"
+    for part in ("train", "val"):
+        (root / part / "n01" / "images").mkdir(parents=True)
+        write_png(torch.full((1, 6, 6), 7, dtype=torch.uint8), str(root / part / "n01" / "images" / "a.png"))
+        (root / part / "n01" / "n01_boxes.txt").write_text("a.png 0 0 1 1")
+    data = kd.data.images("tiny_imagenet_100", root=tmp_path)
+    assert (
+        data.classes == ["n01"]
+        and data.train.images.unique().tolist() == [7]
+        and data.test.images.shape == (1, 3, 6, 6)
+    )
+
+
+def test_what_is_missing_is_told_with_folder_and_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_OFFLINE", "1")
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as error:
+        kd.data.images("cifar100")
+    for part in (
+        str(tmp_path / "cifar100"),
+        "cifar-100-python.tar.gz",
+        "MD5",
+        "KDLIB_SCALE=smoke",
+        "Go online",
+    ):
+        assert part in str(error.value)
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet-200.zip"):
+        kd.data.images("tiny_imagenet_100")
+    (tmp_path / "cifar10" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no images at .*cifar10/train/<class>"):
+        kd.data.images("cifar10")
+    with pytest.raises(ValueError, match="no image set is called 'cifar1O'"):
+        kd.data.images("cifar1O")
+
+
+def test_torchvisions_own_files_are_read(tmp_path, monkeypatch):
+    """The official archive's layout, with two batches of the right form in place of the real ones."""
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(256, (6, 3072), generator=g, dtype=torch.uint8)
+    lists = {"train_list": [["data_batch_1", None]], "test_list": [["test_batch", None]]}
+    for name, part in (("data_batch_1", rows[:4]), ("test_batch", rows[4:])):
+        (base / name).write_bytes(pickle.dumps({"data": part.numpy(), "labels": list(range(len(part)))}))
+    names = "airplane automobile bird cat".split()
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    for name, value in lists.items():
+        monkeypatch.setattr(CIFAR10, name, value)
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": None})
+    data = kd.data.images("cifar10", root=tmp_path)
+    assert torch.equal(data.train.images.flatten(1), rows[:4]) and data.train.labels.tolist() == [0, 1, 2, 3]
+    assert data.classes == names and len(data.test) == 2
+
+
+@pytest.mark.parametrize(
+    "name, side, classes", [("cifar10", 32, 10), ("cifar100", 32, 100), ("tiny_imagenet_100", 64, 100)]
+)
+def test_a_rehearsal_plans_the_real_size_with_a_few_images(monkeypatch, tmp_path, name, side, classes):
+    monkeypatch.setenv("KDLIB_REHEARSE", "1")
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    data = kd.data.images(name)
+    assert data.train.images.shape == (64, 3, side, side) and len(data.classes) == classes
+    pool, validation = data.train.split(5_000, seed=0)
+    student = pool.sample(2_000, seed=0)
+    assert (pool.planned, validation.planned, student.planned) == (45_000, 5_000, 2_000)
+    assert not set(pool.ids.tolist()) & set(validation.ids.tolist()) and len(pool) + len(validation) == 64
+    others = pool.take(~torch.isin(pool.ids, student.ids))
+    assert 0 < len(others) < len(pool)
+    batches = student.resize(16).batches(128, flip=True)
+    assert len(batches) == 16 and next(batches.epoch(0))["x"].shape == (128, 3, 16, 16)
+
+
+def test_loading_a_class_first_does_not_hide_the_function():
+    assert isinstance(kd.data.ImageSet, type)
+    import kdlib.data.image_sets  # noqa: F401
+
+    assert callable(kd.data.images) and callable(kd.data.text)
+    with pytest.raises(AttributeError, match="it offers"):
+        kd.data.nothing  # noqa: B018

@@ -1,0 +1,128 @@
+"""Measures against independent formulas, intervals against textbook values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from kdlib import metrics
+
+
+def logits(n=200, c=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(n, c, generator=generator), torch.randint(c, (n,), generator=generator)
+
+
+def test_accuracy_and_agreement():
+    z = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    assert metrics.accuracy(z, torch.tensor([0, 0, 0])) == pytest.approx(2 / 3)
+    assert metrics.agreement(z, -z) == 0 and metrics.agreement(z, 5 * z) == 1
+
+
+def test_nll_is_the_mean_log_probability():
+    z, y = logits()
+    assert metrics.nll(z, y) == pytest.approx(-z.double().softmax(-1)[range(200), y].log().mean().item(), rel=1e-5)
+
+
+def test_ece_against_a_loop():
+    z, y = logits()
+    p = z.double().softmax(-1).numpy()
+    confidence, right = p.max(1), p.argmax(1) == y.numpy()
+    expected = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert metrics.ece(z, y) == pytest.approx(expected, abs=1e-9)
+
+
+def test_ece_of_a_perfect_and_of_a_certain_wrong_model():
+    certain = 1000 * torch.eye(3)
+    assert metrics.ece(certain, torch.arange(3)) == pytest.approx(0, abs=1e-6)
+    assert metrics.ece(certain, torch.tensor([1, 2, 0])) == pytest.approx(1, abs=1e-6)
+
+
+def test_f1_and_mcc_from_the_confusion_matrix():
+    z, y = logits(c=2)
+    predicted = z.argmax(-1)
+    tp, fp = ((predicted == 1) & (y == 1)).sum().item(), ((predicted == 1) & (y == 0)).sum().item()
+    fn, tn = ((predicted == 0) & (y == 1)).sum().item(), ((predicted == 0) & (y == 0)).sum().item()
+    assert metrics.f1(z, y) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    expected = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert metrics.mcc(z, y) == pytest.approx(expected)
+
+
+def test_correlations():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert metrics.pearson(x, 2 * x + 1) == pytest.approx(1)
+    assert metrics.spearman(x, x.exp()) == pytest.approx(1) and metrics.pearson(x, x.exp()) < 1
+
+
+def test_t_interval_is_the_textbook_one():
+    interval = metrics.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776445 * math.sqrt(2.5) / math.sqrt(5)  # t(0.975, 4)
+    assert (interval.mean, interval.n) == (3.0, 5)
+    assert interval.low == pytest.approx(3 - half, abs=1e-5) and interval.high == pytest.approx(3 + half, abs=1e-5)
+
+
+def test_one_seed_says_nothing():
+    interval = metrics.t_interval([0.7])
+    assert interval.low == -math.inf and interval.high == math.inf
+
+
+def test_pairing_removes_what_the_seeds_share():
+    shared = np.random.default_rng(0).normal(0, 10, 6)
+    interval = metrics.paired_difference(shared + [1, 1.1, 0.9, 1, 1.05, 0.95], shared)
+    assert interval.low > 0.9 and interval.high < 1.1
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_a_difference_turned_round_is_its_negative(values):
+    zero = [0.0] * len(values)
+    a, b = metrics.paired_difference(values, zero), metrics.paired_difference(zero, values)
+    assert a.mean == pytest.approx(-b.mean) and a.low == pytest.approx(-b.high)
+
+
+def test_bootstrap_covers_the_mean_and_repeats():
+    x = np.random.default_rng(1).normal(3, 1, 200)
+    a, b = metrics.bootstrap_interval(x, seed=1), metrics.bootstrap_interval(x, seed=1)
+    assert a == b and a.low < x.mean() < a.high
+    t = metrics.t_interval(x)
+    assert (a.high - a.low) == pytest.approx(t.high - t.low, rel=0.1)
+
+
+@pytest.mark.parametrize("call", [metrics.accuracy, metrics.nll, metrics.ece])
+def test_lengths_that_differ_are_named(call):
+    with pytest.raises(ValueError, match="3 values against 2"):
+        call(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_no_values_is_an_error():
+    with pytest.raises(ValueError, match="no values"):
+        metrics.t_interval([])
+
+
+class Rows:
+    """The face of a data set."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def view_batches(self, view, batch_size):
+        for part in self.x.split(batch_size):
+            yield {"x": part, "id": torch.arange(len(part))}
+
+
+def test_predict_is_in_order_without_gradients_and_restores_every_mode():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+    model.train()
+    model[2].eval()
+    x = torch.randn(11, 3)
+    out = metrics.predict(model, Rows(x), batch_size=4)
+    assert not out.requires_grad and [m.training for m in model] == [True, True, False]
+    model.eval()
+    assert torch.allclose(out, model(x), atol=1e-6)

@@ -1,0 +1,126 @@
+"""A rehearsal runs two small steps, stores nothing, and tells what the whole run would take."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kdlib import rehearsal
+from kdlib.training import fit
+
+ROWS, WIDTH, EPOCHS = 64, 100, 5
+
+
+@pytest.fixture(autouse=True)
+def rehearsing(monkeypatch):
+    monkeypatch.setenv("KDLIB_REHEARSE", "1")
+    monkeypatch.delenv("KDLIB_REHEARSAL_LOG", raising=False)
+    monkeypatch.setattr(rehearsal, "_records", [])
+
+
+class Batches:
+    """More batches than anyone wants to make: making the third is a failure."""
+
+    def __len__(self):
+        return 1000
+
+    def epoch(self, epoch, start=0):
+        for index in range(2):
+            ids = torch.arange(ROWS) + ROWS * index
+            yield {"id": ids, "x": torch.randn(ROWS, WIDTH), "y": ids % 10}
+        raise AssertionError("a rehearsal needs two batches")
+
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"]), {"rows": float(len(batch["x"]))}
+
+
+def rehearse(model=None, optimizer=torch.optim.Adam, **options):
+    model = model or nn.Sequential(nn.Linear(WIDTH, 50), nn.ReLU(), nn.Linear(50, 10))
+    return fit(model, loss_fn, Batches(), epochs=EPOCHS, optimizer=optimizer, progress=False, **options)
+
+
+def test_two_steps_of_a_few_rows_and_one_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdlib.training.CHECKPOINT_SECONDS", 0)
+    evaluations = []
+
+    def evaluate(model):
+        evaluations.append(model.training)
+        return {"val": 0.5}
+
+    result = rehearse(evaluate=evaluate, monitor="val", eval_every=3, folder=tmp_path / "a" / "phase1")
+    assert result.steps == 2 and evaluations == [False]
+    assert result.history[0]["rows"] == rehearsal.ROWS
+    assert result.history[0]["val"] == result.best["val"] == 0.5
+    assert not result.model.training
+    assert not (tmp_path / "a").exists()  # a rehearsal must not pass for a run
+    assert rehearsal.report()["run"].tolist() == ["a/phase1"]
+
+
+def test_the_costs_in_closed_form():
+    rehearse()
+    (line,) = rehearsal._records
+    weights = 100 * 50 + 50 + 50 * 10 + 10
+    assert line["parameters"] == weights
+    assert line["planned_steps"] == 1000 * EPOCHS
+    # forward 2 x rows x both matrices; backward the same for weights, and for the second layer's input
+    assert line["step_flops"] == 2 * ROWS * (2 * (100 * 50 + 50 * 10) + 50 * 10)
+    # weights, gradients, Adam's two moments; and a step counter of each of the four parameters
+    assert line["fixed_bytes"] == 4 * (4 * weights + 4)
+    # kept for the backward pass: x, the ReLU's output, log-probabilities, labels
+    assert line["activation_bytes"] == pytest.approx(ROWS * (4 * (100 + 50 + 10) + 8), rel=0.01)
+
+
+def test_micro_batches_need_less_memory_and_the_same_work():
+    rehearse()
+    rehearse(accumulate=4)
+    whole, parts = rehearsal._records
+    assert parts["step_flops"] == whole["step_flops"]
+    assert parts["fixed_bytes"] == whole["fixed_bytes"]
+    assert parts["activation_bytes"] == pytest.approx(whole["activation_bytes"] / 4)
+
+
+def test_momentum_and_frozen_weights_are_counted_as_they_are():
+    frozen = nn.Sequential(nn.Linear(WIDTH, 50).requires_grad_(False), nn.ReLU(), nn.Linear(50, 10))
+    rehearse(frozen, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    trained, still = 50 * 10 + 10, 100 * 50 + 50
+    assert rehearsal._records[0]["fixed_bytes"] == 4 * (still + 3 * trained)
+
+
+def test_report_and_its_file(monkeypatch, tmp_path):
+    log = tmp_path / "rehearsal.jsonl"
+    monkeypatch.setenv("KDLIB_REHEARSAL_LOG", str(log))
+    rehearse()
+    rehearse(nn.Linear(WIDTH, 10))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines == rehearsal._records
+    monkeypatch.setattr(rehearsal, "_records", [])  # another process reads the file
+    report = rehearsal.report()
+    assert report["run"].tolist() == ["Sequential", "Linear"]
+    assert report["planned steps"].tolist() == [5000, 5000]
+    hours = lines[0]["step_flops"] * 5000 / rehearsal.T4_FLOPS_PER_SECOND / 3600
+    assert report["hours on a T4"][0] == pytest.approx(hours)
+    memory = (lines[0]["fixed_bytes"] + lines[0]["activation_bytes"]) / 1e9
+    assert report["GPU memory (GB)"][0] == pytest.approx(memory)
+
+
+def test_a_live_teacher_counts_as_work_but_its_activations_do_not_stay():
+    teacher = nn.Linear(WIDTH, 10).requires_grad_(False)
+
+    def with_teacher(model, batch):
+        with torch.no_grad():
+            target = teacher(batch["x"])
+        return F.mse_loss(model(batch["x"]), target), {}
+
+    def alone(model, batch):
+        return F.mse_loss(model(batch["x"]), torch.zeros(len(batch["x"]), 10)), {}
+
+    for loss in (with_teacher, alone):
+        fit(nn.Linear(WIDTH, 10), loss, Batches(), epochs=1, optimizer=torch.optim.Adam, progress=False)
+    live, without = rehearsal._records
+    assert live["step_flops"] - without["step_flops"] == 2 * ROWS * WIDTH * 10
+    assert live["activation_bytes"] == without["activation_bytes"]

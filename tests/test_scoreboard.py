@@ -1,0 +1,100 @@
+"""Tables of results: against intervals worked out by hand, and files that are small and complete."""
+
+import json
+import math
+
+import pandas as pd
+import pytest
+
+import kdlib as kd
+from kdlib import files, scoreboard
+from kdlib.runs import Run, Runs
+
+
+def run(arm, seed, value, folder, diverged=False):
+    metrics = {} if diverged else {"accuracy": value}
+    return Run(arm, seed, metrics, [], {}, 1.5, "cpu2", folder, diverged)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """KD minus labels, seed by seed: 2, 4, 6."""
+    labels = [run("labels", seed, value, tmp_path) for seed, value in enumerate([10.0, 30.0, 20.0])]
+    return Runs(labels + [run("KD", seed, value, tmp_path) for seed, value in enumerate([12.0, 34.0, 26.0])])
+
+
+def test_the_interval_is_the_paired_one(runs):
+    table = kd.compare(runs, "accuracy", baseline="labels", paper={"KD": 25.0})
+    row = table.loc["KD"]
+    half = 4.302653 * 2 / math.sqrt(3)  # t(.975, 2 degrees of freedom), sd of 2, 4, 6 is 2
+    assert (row["mean"], row["n"], row["difference"], row["paper"]) == (24.0, 3, 4.0, 25.0)
+    assert row["sd"] == pytest.approx(math.sqrt(124)) and row["low"] == pytest.approx(4 - half, abs=1e-5)
+    assert row["high"] == pytest.approx(4 + half, abs=1e-5)
+    assert table.loc["labels", ["difference", "paper"]].isna().all() and list(table.index) == ["labels", "KD"]
+
+
+def test_only_seeds_in_common_are_paired_and_divergence_is_no_number(runs, tmp_path):
+    runs.append(run("KD", 3, 1000.0, tmp_path))
+    runs.append(run("wild", 0, 0.0, tmp_path, diverged=True))
+    runs.append(run("wild", 1, 35.0, tmp_path))
+    table = kd.compare(runs, "accuracy", baseline="labels")
+    assert table.loc["KD", "difference"] == 4.0 and table.loc["KD", "n"] == 4
+    assert (table.loc["wild", "n"], table.loc["wild", "difference"]) == (1, 5.0)
+
+
+def test_unknown_names_list_what_there_is(runs):
+    with pytest.raises(ValueError, match="'f1'.*accuracy"):
+        kd.compare(runs, "f1")
+    with pytest.raises(ValueError, match="'none'.*labels.*KD"):
+        kd.compare(runs, "accuracy", baseline="none")
+
+
+def test_a_results_file_holds_every_seed_and_little_else(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("KDLIB_SCALE", "smoke")
+    monkeypatch.delenv("KDLIB_REHEARSE", raising=False)
+    runs.append(run("wild", 0, 0.0, tmp_path, diverged=True))
+    settings = kd.settings(**dict.fromkeys(("smoke", "lab", "full"), dict(epochs=2, seeds=3)))
+    frame = pd.DataFrame({"x": [1, 2], "y": [0.5, math.nan]})
+    path = kd.write_results("99_toy", {"students": runs, "profile": frame}, settings)
+    assert path.parent == tmp_path / "results" and path.name.startswith("99_toy.smoke.")
+    text = path.read_text()
+    content = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    rows = content["tables"]["students"]["rows"]
+    assert [(r["arm"], r["seed"], r.get("accuracy")) for r in rows[2:4]] == [
+        ("labels", 2, 20.0),
+        ("KD", 0, 12.0),
+    ]
+    assert rows[-1]["diverged"] and content["tables"]["profile"]["rows"][1] == {"x": 2, "y": None}
+    assert (
+        content["seeds"] == [0, 1, 2]
+        and content["settings"]["epochs"] == 2
+        and "torch" in content["environment"]
+    )
+    assert len(text) < 5000 and content["tables"]["students"]["seconds"] == 1.5 * 7
+
+
+def test_published_shows_the_larger_scale_first(runs, tmp_path, monkeypatch):
+    rows = [{"arm": r.arm, "seed": r.seed, **r.metrics} for r in runs]
+    for scale in ("smoke", "full", "lab"):
+        content = {"scale": scale, "hardware": "t4", "tables": {"students": {"rows": rows}}}
+        files.write_json(tmp_path / "results" / f"99_toy.{scale}.t4.json", content)
+    monkeypatch.setattr(scoreboard, "clone_folder", lambda: tmp_path)
+    table = kd.published("99_toy", "students", "accuracy", baseline="labels")
+    order = list(dict.fromkeys(table.index.get_level_values("scale")))
+    assert order == ["full, t4", "lab, t4", "smoke, t4"] and table.loc[("lab, t4", "KD"), "difference"] == 4.0
+    assert kd.published("98_none", "students", "accuracy").empty
+
+
+def test_a_value_outside_its_band_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDLIB_SCALE", "smoke")
+    for name in ("KDLIB_REHEARSE", "KDLIB_BAND_LOG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(scoreboard, "clone_folder", lambda: tmp_path)
+    assert kd.in_band("99_toy", {"gain": 9.0})  # nothing recorded yet
+    files.write_json(tmp_path / "results" / "smoke_bands.json", {"99_toy": {"gain": [0.0, 1.0]}})
+    assert kd.in_band("99_toy", {"gain": 0.5, "unrecorded": 7.0})
+    assert not kd.in_band("99_toy", {"gain": 1.5}) and "gain is 1.5" in capsys.readouterr().out
+    assert not kd.in_band("99_toy", {"gain": math.nan})
+    monkeypatch.setenv("KDLIB_SCALE", "lab")
+    assert kd.in_band("99_toy", {"gain": 1.5})
