@@ -25,8 +25,8 @@ WORDS = {
     "peerless resplendent consummate",
     1: "good nice pleasant decent solid enjoyable likeable agreeable commendable respectable congenial creditable "
     "palatable serviceable felicitous",
-    -1: "bad poor dull weak mediocre tired disappointing bland shoddy lacklustre insipid middling pedestrian humdrum "
-    "unprepossessing",
+    -1: "bad poor dull weak mediocre tired disappointing bland shoddy lacklustre insipid middling pedestrian "
+    "humdrum unprepossessing",
     -2: "awful terrible horrible dreadful appalling disgraceful atrocious abysmal deplorable execrable ghastly wretched "
     "woeful lamentable abominable",
 }  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -36,8 +34,11 @@ def test_the_option_a_shortcut_subsamples_and_pads_channels_on_both_sides():
     assert torch.equal(out[:, 2:6], x[:, :, ::2, ::2]) and out[:, :2].abs().sum() == out[:, 6:].abs().sum() == 0
 
 
-@pytest.mark.parametrize("n, classes, convolutions", [(2, 10, [16, 16]), (4, 10, [16, 16, 32, 32]), (2, 100, [32, 32]),
-                                                      (10, 10, [32, 32, 64, 64, 128, 128, 256, 256, 256, 256])])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, classes, convolutions",
+    [(2, 10, [16] * 2), (4, 10, [16] * 2 + [32] * 2), (2, 100, [32] * 2),
+     (10, 10, [32] * 2 + [64] * 2 + [128] * 2 + [256] * 4)],
+)  # fmt: skip
 def test_plain_cnns_are_the_papers(n, classes, convolutions):
     model = kd.models.plain_cnn(n, classes)
     assert [m.out_channels for m in model if isinstance(m, nn.Conv2d)] == convolutions
@@ -84,18 +85,6 @@ def test_published_weights_are_read_without_pickled_code(tmp_path, monkeypatch):
     torch.save({"state_dict": kd.models.BasicBlock(1, 1, 1)}, folder / "resnet20-0.th")
     with pytest.raises(Exception, match="[Ww]eights_only|[Ww]eights only"):
         kd.models.load_akamaster("resnet20")
-
-
-@pytest.mark.skipif(not os.environ.get("KDLIB_DATA"), reason="needs the published weights (KDLIB_DATA)")
-def test_the_published_resnet20_knows_cifar10():
-    try:
-        state, data = kd.models.load_akamaster("resnet20"), kd.data.images("cifar10")
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    model = kd.models.resnet(20, 10)
-    model.load_state_dict(state)
-    test = data.test.sample(500, seed=0)
-    assert kd.metrics.accuracy(kd.metrics.predict(model, test), test.labels) > 0.75
 
 
 # --- pretrained ------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_published_shows_the_larger_scale_first(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(scoreboard, "clone_folder", lambda: tmp_path)
     table = kd.published("99_toy", "students", "accuracy", baseline="labels")
     order = list(dict.fromkeys(table.index.get_level_values("scale")))
-    assert order == ["full, t4", "lab, t4", "smoke, t4"] and table.loc[("lab, t4", "KD"), "difference"] == 4.0
+    assert order == ["full, t4", "lab, t4"] and table.loc[("lab, t4", "KD"), "difference"] == 4.0
     assert kd.published("98_none", "students", "accuracy").empty
 
 

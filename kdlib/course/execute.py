@@ -29,6 +29,7 @@ def run(chapter: Chapter, options: dict[str, str], *, out: Path | None = None, i
     )
     figures = folder / f"{chapter.name}_figures"
     log = folder / f"{chapter.name}_rehearsal.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     options = {"KDLIB_FIGURES": str(figures), "KDLIB_REHEARSAL_LOG": str(log), **options}
     if options["KDLIB_SCALE"] == "smoke":

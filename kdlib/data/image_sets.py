@@ -280,7 +280,8 @@ def _torchvision(name: str, root: str | Path | None) -> tuple[Part, Part, list[s
         if not sources.reachable(maker.url):
             raise sources.missing(
                 f"the image set {name!r}", f"{name}/{{train,test}}/<class>/*.png",
-                f"Go online and run again, or download {maker.url} (MD5 {maker.tgz_md5}) and unpack it in {where}.", root,
+                f"Go online and run again, or download {maker.url} (MD5 {maker.tgz_md5}) and unpack it in {where}.",
+                root,
             ) from error  # fmt: skip
         sets = [maker(where, train=train, download=True) for train in (True, False)]
     train, test = ((torch.from_numpy(s.data).permute(0, 3, 1, 2), torch.tensor(s.targets)) for s in sets)

@@ -72,8 +72,8 @@ class TextSet(Rows):
         lengths = torch.tensor([len(row) for row in encoded["input_ids"]])
         kinds = encoded.get("token_type_ids") if self.pairs else None
         return TokenSet(
-            source=self, lengths=lengths, tokens=_flat(encoded["input_ids"]), kinds=None if kinds is None else _flat(kinds),
-            pad=tokenizer.pad_token_id, vocabulary=len(tokenizer),
+            source=self, lengths=lengths, tokens=_flat(encoded["input_ids"]),
+            kinds=None if kinds is None else _flat(kinds), pad=tokenizer.pad_token_id, vocabulary=len(tokenizer),
         )  # fmt: skip
 
 
@@ -267,9 +267,7 @@ GLUE = {
         "MRPC", ("#1 String", "#2 String"), _SENTENCES, "Quality", ("not_equivalent", "equivalent"), "f1", 3_668, 44
     ),
     "rte": Glue("RTE", _SENTENCES, _SENTENCES, "label", _ENTAILMENT, "accuracy", 2_490, 55),
-    "stsb": Glue(
-        "STS-B", _SENTENCES, _SENTENCES, "score", (), "pearson", 5_749, 24
-    ),
+    "stsb": Glue("STS-B", _SENTENCES, _SENTENCES, "score", (), "pearson", 5_749, 24),
     "qnli": Glue("QNLI", ("question", "sentence"), ("question", "sentence"), "label", _ENTAILMENT, "accuracy", 104_743, 38),
     "qqp": Glue(  # some rows of GLUE's own QQP files are broken; the hub's copy leaves them out
         "", ("question1", "question2"), ("question1", "question2"), "is_duplicate", ("not_duplicate", "duplicate"),
@@ -292,8 +290,8 @@ def text(name: str, *, root: str | Path | None = None) -> TextData:
     """A text classification set by name.
 
     ``toy_reviews`` is embedded. GLUE's ``sst2``, ``cola``, ``mrpc``, ``rte``, ``stsb``, ``qnli``, ``qqp`` and ``mnli``
-    (its mismatched part is ``test``) are read from GLUE's own files in ``<root>/glue/<folder>/``, else from the hub
-    (``nyu-mll/glue``); ``trec``, ``clinc150`` and ``ag_news`` from ``<root>/textcls/<name>/*.jsonl``, and where these
+    (its mismatched part is ``test``) are read from GLUE's own files in ``<root>/glue/<folder>/``, else (``qqp``
+    always) from the hub (``nyu-mll/glue``); ``trec``, ``clinc150`` and ``ag_news`` from ``<root>/textcls/<name>/*.jsonl``, and where these
     have no validation part, a tenth of the training part is it. ``root`` is ``KDLIB_DATA`` by default.
 
     Raises:
@@ -346,8 +344,8 @@ def _glue_files(name: str, task: Glue, folder: Path) -> dict[str, Part]:
                     labels.append(_label(row[task.label], task.classes))
                 except (KeyError, ValueError) as error:
                     raise ValueError(
-                        f"{folder / file}, line {number}: {error} in the columns {', '.join(task.columns)} and {task.label}; "
-                        "unpack that file again"
+                        f"{folder / file}, line {number}: {error} in the columns {', '.join(task.columns)} "
+                        f"and {task.label}; unpack that file again"
                     ) from error
                 texts.append(columns if len(columns) > 1 else columns[0])
         found[part] = (texts, labels)
