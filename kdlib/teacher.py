@@ -130,11 +130,13 @@ class CachedTeacher:
         views = torch.zeros_like(rows)
         if view is not None:
             views = torch.where(view < len(self._view), self._view[view.clamp(max=len(self._view) - 1)], -1)
-        # on a GPU the look would make every step wait; an unknown id then reads row -1, which the poisoned row answers
-        if ids.device.type == "cpu" and (rows.min() < 0 or views.min() < 0):
-            self._refuse(ids[rows < 0], view[views < 0] if view is not None else None)
+        unknown = (rows < 0) | (views < 0)
         answer = self._table[(views * len(self.ids) + rows).clamp(min=0)].float()
-        return answer.masked_fill(((rows < 0) | (views < 0)).unsqueeze(-1), float("nan")) if ids.is_cuda else answer
+        if ids.is_cuda:  # to look here would make every step wait for the GPU: NaN stops the run at the epoch's end
+            return answer.masked_fill(unknown.unsqueeze(-1), float("nan"))
+        if unknown.any():
+            self._refuse(ids[rows < 0], view[views < 0] if view is not None else None)
+        return answer
 
     def _refuse(self, ids: Tensor, views: Tensor | None) -> None:
         if len(ids):

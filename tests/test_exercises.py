@@ -4,7 +4,7 @@ import pytest
 
 from kdlib import exercises
 
-CHAPTERS = ["00"]
+CHAPTERS = ["00", "01"]
 ALL = [e for chapter in CHAPTERS for e in exercises.exercises(chapter).values()]
 BANK = [(e, wrong, hint) for e in ALL for wrong, hint in e.wrong]
 

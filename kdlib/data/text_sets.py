@@ -105,6 +105,11 @@ class TokenSet(Rows):
         return f"TokenSet({self.source.name}: {self.planned:,} rows, {self.lengths.float().mean():.1f} tokens each)"
 
     @property
+    def name(self) -> str:
+        """That of the texts."""
+        return self.source.name
+
+    @property
     def labels(self) -> Tensor:
         """int64 [N], or float32 [N] for scores."""
         return self.source.labels
