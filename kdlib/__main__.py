@@ -7,7 +7,10 @@ import runpy
 import sys
 from pathlib import Path
 
-from kdlib import scale
+try:
+    from kdlib import scale
+except ModuleNotFoundError as error:  # what doctor would say, were it there to say it
+    sys.exit(f"the package {error.name} is missing: pip install -r requirements.txt")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        print(f"the package {error.name} is missing: pip install -r requirements.txt", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
 
 
 def _do(args: argparse.Namespace) -> bool:

@@ -1,6 +1,9 @@
 """Every test has a store of its own, the smallest scale, one thread and no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 for name in (
     "KDLIB_DATA",
@@ -10,6 +13,7 @@ for name in (
     "KDLIB_RESULTS",
     "KDLIB_FIGURES",
     "KDLIB_BAND_LOG",
+    "KDLIB_FIRST_SEED",
 ):
     os.environ.pop(name, None)
 os.environ |= {
@@ -18,7 +22,9 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
+    "KDLIB_HOME": tempfile.mkdtemp(prefix="kdlib-tests-"),  # for what a module shares; each test has its own, below
 }
+atexit.register(shutil.rmtree, os.environ["KDLIB_HOME"], ignore_errors=True)
 
 import pytest
 import torch

@@ -1,8 +1,10 @@
 """The press shop, on a small notebook that is really executed."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -10,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from kdlib import __main__ as cli
 from kdlib import files, scoreboard
-from kdlib.course import cells, chapters, execute, results, stamp, student
+from kdlib.course import band, cells, chapters, execute, results, stamp, student
 from kdlib.course.chapters import Chapter, Headline
 
 SETUP = """import kdlib as kd
@@ -22,6 +24,10 @@ EXPERIMENT = """def train(*, seed, folder, gain):
     return kd.Outcome({"acc": double(gain) + seed / 100})
 runs = kd.run_grid("toy", train, {"base": dict(gain=0.1), "kd": dict(gain=0.2)}, run.seeds, jobs=1)
 kd.write_results("99_toy", {"runs": runs}, run)"""
+REHEARSED = """import torch
+batches = [{"id": torch.arange(4), "x": torch.ones(4, 2)}]
+kd.fit(torch.nn.Linear(2, 1), lambda model, batch: (model(batch["x"]).mean(), {}), batches, epochs=7,
+       optimizer=lambda p: torch.optim.SGD(p, 0.1), progress=False)"""
 EXERCISE = """def triple(x):
     ### BEGIN SOLUTION
     y = 3 * x
@@ -62,6 +68,17 @@ def chapter(tmp_path, monkeypatch):
     stamp.address.cache_clear()
 
 
+@pytest.fixture
+def executed(chapter, made={}):  # noqa: B006, one execution serves all tests
+    """The chapter executed in place at ``lab``, with its results file."""
+    if not made:
+        assert execute.run(chapter, {"KDLIB_SCALE": "lab"}, in_place=True)
+        made |= {p: p.read_text() for p in (chapter.path, *(chapters.root() / "results").iterdir())}
+    for path, text in made.items():
+        (chapters.root() / path.parent.name / path.name).write_text(text)
+    return chapter
+
+
 def test_run_executes_every_cell_and_prints_the_results(chapter, tmp_path, capfd):
     assert execute.run(chapter, {"KDLIB_SCALE": "smoke", "KDLIB_SEEDS": "3"}, out=tmp_path / "out")
     said = capfd.readouterr().out
@@ -73,20 +90,71 @@ def test_run_executes_every_cell_and_prints_the_results(chapter, tmp_path, capfd
 
 def test_run_names_the_failing_cell(chapter, tmp_path, capfd):
     notebook = cells.read(chapter.path)
-    notebook.cells.append(code("raise ValueError('temperature is 0; it must be positive')"))
+    notebook.cells = [code("raise ValueError('temperature is 0; it must be positive')"), code("1")]
     cells.write(notebook, chapter.path)
     assert not execute.run(chapter, {"KDLIB_SCALE": "smoke"}, out=tmp_path / "out")
     assert "ValueError: temperature is 0; it must be positive" in capfd.readouterr().err
 
 
-def test_in_place_keeps_tidy_outputs(chapter):
-    assert execute.run(chapter, {"KDLIB_SCALE": "lab"}, in_place=True)
+def test_run_survives_a_kernel_that_dies_or_does_not_start(chapter, tmp_path, capfd, monkeypatch):
     notebook = cells.read(chapter.path)
+    notebook.cells = [code("1"), code("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")]
+    cells.write(notebook, chapter.path)
+    assert not execute.run(chapter, {"KDLIB_SCALE": "smoke"}, out=tmp_path / "out", in_place=True)
+    assert "stopped after 1 of 2 cells" in capfd.readouterr().err
+    assert cells.read(chapter.path) == notebook, "a failed run is not written in place"
+
+    starts = []
+
+    class Unlucky:
+        def __init__(self, *args, **kwargs):
+            starts.append(args)
+
+        def execute(self):
+            if len(starts) == 1:
+                raise RuntimeError("Kernel died before replying to kernel_info")
+
+    monkeypatch.setattr(execute, "NotebookClient", Unlucky)
+    assert execute.run(chapter, {"KDLIB_SCALE": "smoke"}, out=tmp_path / "out") and len(starts) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
+def test_an_interrupted_run_stops_all_chapters_and_says_so(chapter, tmp_path):
+    started, call = tmp_path / "started", tmp_path / "call.py"
+    notebook = cells.read(chapter.path)
+    notebook.cells = [code(f"import time\nopen({str(started)!r}, 'w').close()\ntime.sleep(60)")]
+    cells.write(notebook, chapter.path)
+    call.write_text(
+        "import sys\nfrom kdlib import __main__ as cli\nfrom kdlib.course import chapters\n"
+        "toy = chapters.Chapter('99', '99_toy', '', '', {}, ())\nchapters.CHAPTERS = (toy,)\n"
+        f"sys.exit(cli.main(['run', '99', '99', '--scale', 'smoke', '--out', {str(tmp_path / 'out')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, str(call)], stderr=subprocess.PIPE, text=True)
+    while not started.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert "the same command goes on where this one stopped" in process.communicate(timeout=50)[1]
+    assert process.returncode == 130
+
+
+def test_rehearsal_runs_the_cells_and_prints_the_cost(chapter, tmp_path, capfd):
+    notebook = cells.read(chapter.path)
+    notebook.cells.append(code(REHEARSED))
+    cells.write(notebook, chapter.path)
+    options = {"KDLIB_SCALE": "full", "KDLIB_REHEARSE": "1"}
+    assert execute.run(chapter, options, out=tmp_path / "out")
+    said = capfd.readouterr().out
+    assert "hours on a T4" in said and "planned steps" in said and "Linear" in said
+    assert not list((chapters.root() / "results").iterdir()), "a rehearsal has no results"
+
+
+def test_in_place_keeps_tidy_outputs(executed):
+    notebook = cells.read(executed.path)
     code_cells = [c for c in notebook.cells if c.cell_type == "code"]
     assert [c.execution_count for c in code_cells] == list(range(1, len(code_cells) + 1))
     text = json.dumps(notebook)
     assert "it/s" not in text and "widget-view" not in text and "iopub" not in text
-    assert (chapters.root() / "results").glob("99_toy.lab.*.json")
+    assert list((chapters.root() / "results").glob("99_toy.lab.*.json"))
 
 
 def test_tidy_drops_bars_and_widgets_only():
@@ -96,10 +164,15 @@ def test_tidy_drops_bars_and_widgets_only():
         nbformat.v4.new_output("stream", name="stdout", text="kept"),
         nbformat.v4.new_output("stream", name="stderr", text="a warning that must be seen"),
     ]
+    mixed = "\rruns: 0%|   | 0/2 [00:00<?, ?it/s]careful: few rows\n\rruns: 100%|██| 2/2 [00:09<00:00, 4.5s/it]\n\x1b[A"
+    outputs.append(nbformat.v4.new_output("stream", name="stderr", text=mixed.replace("]careful", "]\ncareful")))
     cell = code("x")
     cell.outputs = outputs
-    tidy = cells.tidy(new_notebook(cells=[cell]))
-    assert [o.text for o in tidy.cells[0].outputs] == ["kept", "a warning that must be seen"]
+    tidy = cells.tidy(new_notebook(cells=[cell], metadata={"widgets": {}}))
+    assert [o.text.strip() for o in tidy.cells[0].outputs] == [
+        "kept", "a warning that must be seen", "careful: few rows",
+    ]  # fmt: skip
+    assert "widgets" not in tidy.metadata
 
 
 def test_method_cells_can_be_lifted_out(chapter):
@@ -111,17 +184,23 @@ def test_method_cells_can_be_lifted_out(chapter):
 
 
 def test_export_is_a_module(chapter, tmp_path):
-    source = cells.export(chapter.path)
+    notebook = cells.read(chapter.path)
+    notebook.cells[2].source += "\nfrom math import (\n    pi,\n    tau,\n)"
+    cells.write(notebook, chapter.path)
+    target = tmp_path / "doubling.py"
+    assert cli.main(["export", "99", "-o", str(target)]) == 0
+    source = target.read_text()
     assert "import kdlib as kd" in source and "def double(x):" in source and "print" not in source
-    compile(source, "exported", "exec")
+    space = {}
+    exec(compile(source, "exported", "exec"), space)
+    assert space["tau"] == 2 * space["pi"] and callable(space["double"])
 
 
-def test_student_version_has_stubs_answers_and_no_outputs(chapter):
-    execute.run(chapter, {"KDLIB_SCALE": "smoke"}, in_place=True)
-    assert not student.update(chapter, check=True)
-    student.update(chapter, check=False)
-    assert student.update(chapter, check=True)
-    opened = cells.read(student.path(chapter))
+def test_student_version_has_stubs_answers_and_no_outputs(executed):
+    assert not student.update(executed, check=True)
+    student.update(executed, check=False)
+    assert student.update(executed, check=True)
+    opened = cells.read(student.path(executed))
     stub, answer = opened.cells[5], opened.cells[6]
     assert "raise NotImplementedError" in stub.source and "3 * x" not in stub.source
     assert "<details><summary>Answer" in answer.source and "y = 3 * x\nreturn y" in answer.source
@@ -134,13 +213,12 @@ def test_a_solution_outside_a_function_becomes_an_ellipsis():
     assert opened.cells[0].source == "answer = ...  # your answer\n\ncheck(answer)"
 
 
-def test_stamp_writes_badge_costs_and_colab_cell(chapter):
-    execute.run(chapter, {"KDLIB_SCALE": "lab"}, in_place=True)
-    assert not stamp.stamp(chapter, check=True)
-    stamp.stamp(chapter, check=False)
-    assert stamp.stamp(chapter, check=True)
-    top, colab = cells.read(chapter.path).cells[:2]
-    assert "github/someone/course/blob/main/notebooks/99_toy.ipynb" in top.source
+def test_stamp_writes_badge_costs_and_colab_cell(executed):
+    assert not stamp.stamp(executed, check=True)
+    stamp.stamp(executed, check=False)
+    assert stamp.stamp(executed, check=True)
+    top, colab = cells.read(executed.path).cells[:2]
+    assert "github/someone/course/blob/v0.1.0/notebooks/99_toy.ipynb" in top.source
     assert (
         "| `lab` | none | 0.0 min" in top.source
         and "not yet measured" in top.source
@@ -150,12 +228,72 @@ def test_stamp_writes_badge_costs_and_colab_cell(chapter):
     subprocess.run([sys.executable, "-c", colab.source], check=True)  # does nothing outside Colab
 
 
-def test_readme_tables_come_from_the_results(chapter):
+def test_on_colab_the_cell_fetches_the_release_and_leaves_torch_alone(tmp_path):
+    """Run the cell with a stand-in for Colab, a repository with a tag, and a pip that only notes what it is asked."""
+    origin, content = tmp_path / "origin", tmp_path / "content"
+    (origin / "kdlib").mkdir(parents=True)
+    (origin / "kdlib" / "__init__.py").write_text("release = 1\n")
+    git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", stamp.REF]):
+        subprocess.run([*git, *command], check=True)
+    (origin / "kdlib" / "__init__.py").write_text("release = 2\n")
+    subprocess.run([*git, "commit", "-qam", "after the release"], check=True)
+    cell = stamp.COLAB.format(address=f"file://{origin}", ref=stamp.REF).replace(
+        "/content/kdlib", str(content / "kdlib")
+    )
+    cell = cell.replace("KEEP_RUNS_ON_DRIVE = False", "KEEP_RUNS_ON_DRIVE = True")
+    around = f"""
+import importlib.util, os, subprocess, sys, types
+os.makedirs({str(content)!r})
+colab = types.ModuleType("google.colab")
+colab.drive = types.SimpleNamespace(mount=print)
+sys.modules |= {{"google": types.ModuleType("google"), "google.colab": colab}}
+real_run, real_find = subprocess.run, importlib.util.find_spec
+subprocess.run = lambda args, **kw: print("pip", args[3:]) if "pip" in args else real_run(args, **kw)
+importlib.util.find_spec = lambda name: None if name == "joblib" else real_find(name)
+{{}}
+import kdlib
+print("release", kdlib.release, os.environ["KDLIB_HOME"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", around.replace("{}", cell)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "pip ['install', '-q', 'joblib']", "/content/drive", "release 1 /content/drive/MyDrive/kdlib",
+    ]  # fmt: skip
+    assert not done.stderr
+
+
+def test_the_band_lets_in_what_it_was_made_of(chapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(band, "run", fake_runs := FakeRuns())
+    with pytest.raises(ValueError, match="at least 2"):
+        band.record(chapter, 1)
+    assert band.record(chapter, 3) and fake_runs.firsts == ["0", "100", "200"]
+    low, high = files.read_json(chapters.root() / "results" / "smoke_bands.json")["99_toy"]["acc"]
+    assert low < 0.5 - 0.3 and high > 0.7 + 0.3
+    assert scoreboard.in_band("99_toy", {"acc": 0.6, "always": 1 / 3})
+    assert not scoreboard.in_band("99_toy", {"acc": 2.0}) and not scoreboard.in_band("99_toy", {"always": 0.34})
+
+
+class FakeRuns:
+    """Stands for executing the chapter: logs values whose spread is known."""
+
+    def __init__(self):
+        self.firsts = []
+
+    def __call__(self, chapter, options, *, out):
+        values = {"acc": 0.5 + 0.1 * len(self.firsts), "always": 1 / 3}
+        self.firsts.append(options["KDLIB_FIRST_SEED"])
+        with open(options["KDLIB_BAND_LOG"], "a") as log:
+            log.write(json.dumps(values) + "\n")
+        return True
+
+
+def test_readme_tables_come_from_the_results(executed):
     readme = chapters.root() / "README.md"
     readme.write_text(
         "a\n<!-- notebooks -->\n<!-- /notebooks -->\n<!-- results -->\nold\n<!-- /results -->\n<!-- bench -->\n<!-- /bench -->\nz\n"
     )
-    execute.run(chapter, {"KDLIB_SCALE": "lab"}, in_place=True)
     assert not results.update(check=True)
     results.update(check=False)
     assert results.update(check=True)
@@ -168,8 +306,7 @@ def test_readme_tables_come_from_the_results(chapter):
     assert not results.update(check=True)
 
 
-def test_published_shows_the_committed_run(chapter):
-    execute.run(chapter, {"KDLIB_SCALE": "lab"}, in_place=True)
+def test_published_shows_the_committed_run(executed):
     table = scoreboard.published("99_toy", "runs", "acc", baseline="base")
     assert table.index.get_level_values("scale")[0].startswith("lab,") and len(table) == 2
 
@@ -180,7 +317,41 @@ def test_the_command_line_says_what_is_wrong(chapter, capsys):
     assert cli.main(["run", "99", "--rehearse", "--in-place"]) == 2
 
 
+def test_run_from_the_command_line(chapter, tmp_path, capfd):
+    assert cli.main(["run", "99", "--scale", "lab", "--seeds", "2", "--jobs", "1", "--out", str(tmp_path / "out")]) == 0
+    assert cells.read(tmp_path / "out" / "99_toy.ipynb").cells[2].outputs[0].text == "lab [0, 1]\n"
+    said = capfd.readouterr().out
+    assert str(tmp_path / "out" / "99_toy_figures") in said and "done after" in said
+
+
+@pytest.mark.parametrize("missing", ["torch", "nbclient"])
+def test_a_missing_package_is_named(missing, tmp_path):
+    hide = f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['kdlib', 'run', '00', '--scale', 'smoke']\n"
+    call = hide + "import runpy; runpy.run_module('kdlib', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    assert done.returncode and f"the package {missing} is missing: pip install" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_doctor_finds_this_machine_fit(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert "✓ packages for every chapter" in said and "smoke" in said and "✗ cifar100" in said
+    assert "✓ packages for every chapter" in said and "smoke" in said and "✗ CIFAR-100" in said
+
+
+def test_doctor_sees_what_is_in_either_layout(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    for folder in ("cifar-10-batches-py", "textcls/trec", "models/roberta-large"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert cli.main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for name in ("CIFAR-10", "TREC", "roberta-large"):
+        assert f"✓ {name}: " in said
+
+
+def test_doctor_fails_where_smoke_cannot_run(monkeypatch, capsys):
+    from kdlib.course import doctor
+
+    monkeypatch.setattr(doctor, "NEEDED", ("torch", "not_installed_anywhere"))
+    assert cli.main(["doctor"]) == 1
+    assert "missing not_installed_anywhere: pip install -r requirements.txt" in capsys.readouterr().out

@@ -27,9 +27,7 @@ def batches(rows: int, size: int) -> list[dict]:
     y[torch.rand(rows, 4, generator=draw) < 0.4] = -100
     y[:, 0] = 1  # at least one token a row
     ids = torch.arange(rows)
-    return [
-        {"id": ids[i : i + size], "x": x[i : i + size], "y": y[i : i + size]} for i in range(0, rows, size)
-    ]
+    return [{"id": ids[i : i + size], "x": x[i : i + size], "y": y[i : i + size]} for i in range(0, rows, size)]
 
 
 class Net(nn.Module):
@@ -78,11 +76,7 @@ CASES = {
 
 def train(data, adam=False, loss_fn=token_mean, model=None, **options):
     def optimizer(parameters):
-        return (
-            torch.optim.AdamW(parameters, 0.05, weight_decay=0.1)
-            if adam
-            else torch.optim.SGD(parameters, 0.2)
-        )
+        return torch.optim.AdamW(parameters, 0.05, weight_decay=0.1) if adam else torch.optim.SGD(parameters, 0.2)
 
     options = {"epochs": 3, "units": tokens, "progress": False, **options}
     return fit(model or Net(), loss_fn, batches(*data), optimizer=optimizer, **options)
@@ -113,9 +107,7 @@ def with_dropout(folder) -> None:
             return F.cross_entropy(model(batch["x"]).view(-1, 3), batch["y"].flatten()), {}
 
         masks = []
-        return train(
-            (16, 4), loss_fn=loss_fn, model=model, folder=where, checkpoint_every=3, **monitored
-        ), masks
+        return train((16, 4), loss_fn=loss_fn, model=model, folder=where, checkpoint_every=3, **monitored), masks
 
     monitored = {"evaluate": lambda m: {"score": m[1].running_mean.sum()}, "monitor": "score"}
     whole, masks = attempt(folder / "whole")

@@ -1,6 +1,8 @@
 """Every check accepts a right answer and tells each wrong one its own hint."""
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from kdlib import exercises
 
@@ -40,3 +42,30 @@ def test_every_exercise_has_a_bank_and_a_size():
 def test_an_unknown_exercise_lists_what_there_is():
     with pytest.raises(ValueError, match="00.1"):
         exercises.check("00.99", 1)
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.key)
+def test_different_mistakes_get_different_hints(exercise):
+    meant: dict[str, str] = {}
+    for wrong, hint in exercise.wrong:
+        assert meant.setdefault(exercises.verdict(exercise, wrong), hint) == hint
+
+
+@pytest.mark.parametrize("exercise", ALL, ids=lambda e: e.key)
+def test_a_check_leaves_the_global_random_state_alone(exercise):
+    before = torch.get_rng_state()
+    for answer in (exercise.right, exercise.wrong[0][0]):
+        exercises.verdict(exercise, answer)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_two_mistakes_at_once_are_both_named():
+    kd = exercises.exercises("00")["00.1"]
+    said = exercises.verdict(
+        kd, lambda s, z, t: F.kl_div((z / t).log_softmax(-1), (s / t).softmax(-1), reduction="sum")
+    )
+    assert "swapped" in said and "T² is missing" in said and "sum over the examples" in said
+
+
+def test_an_answer_that_crashes_is_told_its_error():
+    assert "ZeroDivisionError" in exercises.verdict(exercises.exercises("00")["00.1"], lambda s, z, t: 1 / 0)

@@ -244,9 +244,7 @@ def test_different_values_differ(one, other):
 
 def test_equal_values_agree_whatever_their_memory():
     x = torch.randn(4, 6)
-    assert fingerprint(x.T) == fingerprint(x.T.contiguous()) and fingerprint(x[:2]) == fingerprint(
-        x[:2].clone()
-    )
+    assert fingerprint(x.T) == fingerprint(x.T.contiguous()) and fingerprint(x[:2]) == fingerprint(x[:2].clone())
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
     assert fingerprint(np.arange(6.0).reshape(2, 3).T) == fingerprint(np.arange(6.0).reshape(2, 3).T.copy())
 

@@ -1,9 +1,12 @@
 """Conventions that every committed notebook keeps."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
+import kdlib
 from kdlib.course import cells, chapters, results, stamp, student
 
 NOTEBOOKS = [pytest.param(chapter, id=chapter.name) for chapter in chapters.CHAPTERS]
@@ -21,6 +24,12 @@ def outputs(chapter):
 def test_every_notebook_is_a_chapter():
     there = {path.stem for path in (chapters.root() / "notebooks").glob("*.ipynb")}
     assert there == {chapter.name for chapter in chapters.CHAPTERS}
+
+
+def test_address_and_version_are_the_same_everywhere():
+    citation, project = ((chapters.root() / name).read_text() for name in ("CITATION.cff", "pyproject.toml"))
+    assert f'repository-code: "{stamp.address()}"' in citation
+    assert f"\nversion: {kdlib.__version__}\n" in citation and f'\nversion = "{kdlib.__version__}"\n' in project
 
 
 @every_notebook
@@ -87,7 +96,11 @@ def test_prose_holds_no_typed_results(chapter):
 
 
 @every_notebook
-def test_method_cells_stand_alone(chapter):
+def test_method_cells_stand_alone(chapter, tmp_path):
     space = cells.method_namespace(chapter.path)
-    compile(cells.export(chapter.path), "exported", "exec")
+    exported = tmp_path / "exported.py"
+    exported.write_text(cells.export(chapter.path), encoding="utf-8")
+    undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    found = subprocess.run([*undefined, str(exported)], capture_output=True, text=True)
+    assert not found.returncode, f"a method cell uses what only the notebook defines: {found.stdout}"
     assert any(callable(value) and getattr(value, "__module__", "") == "__main__" for value in space.values())

@@ -5,6 +5,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -41,20 +42,92 @@ def test_a_notebook_output_has_alt_text():
 def test_short_alt_text_and_bare_axes_are_refused():
     with pytest.raises(ValueError, match="alt text"):
         kd.show(line(), alt="a line", name="line")
-    fig, _ = plt.subplots()
-    with pytest.raises(ValueError, match="label"):
-        kd.show(fig, alt=ALT, name="bare")
+    with pytest.raises(ValueError, match="alt text"):
+        kd.show(line(), alt=" " * 50, name="line")
+    for given, missing in (({}, "x axis"), ({"xlabel": "x"}, "y axis"), ({"ylabel": "y"}, "x axis")):
+        fig, ax = plt.subplots()
+        ax.set(**given)
+        with pytest.raises(ValueError, match=f"the {missing} of 'bare'"):
+            kd.show(fig, alt=ALT, name="bare")
+    plt.close("all")
+
+
+def picture(ax):
+    ax.imshow([[0, 1]])
+    ax.axis("off")
+
+
+def shared(fig):
+    for ax in fig.subplots(2, 2, sharex=True, sharey=True).flat:
+        ax.plot([0, 1])
+        ax.set(xlabel="x", ylabel="y")
+        ax.label_outer()
+
+
+def shared_words(fig):
+    for ax in fig.subplots(1, 2, sharey=True):
+        ax.set_yticks([0, 1], ["labels only", "KD"])
+        ax.set(xlabel="x")
+
+
+def heat_map(ax):
+    ax.figure.colorbar(ax.imshow([[0, 1]]), label="share")
+    ax.set(xlabel="x", ylabel="y")
+
+
+@pytest.mark.parametrize("draw", [
+    lambda fig: picture(fig.subplots()),
+    shared,
+    shared_words,
+    lambda fig: heat_map(fig.subplots()),
+    lambda fig: fig.subplots().barh(["labels only", "KD"], [1, 2]) and fig.gca().set(xlabel="x"),
+    lambda fig: [fig.subplots(1, 2), fig.supxlabel("x"), fig.supylabel("y")],
+], ids=["picture", "shared axes", "shared words", "colour bar", "ticks that are words", "labels of the figure"])  # fmt: skip
+def test_axes_that_a_reader_understands_pass(draw):
+    fig = plt.figure()
+    draw(fig)
+    kd.show(fig, alt=ALT, name="fine")
+
+
+def test_a_neighbour_with_another_range_does_not_lend_its_label():
+    fig, (left, right) = plt.subplots(1, 2)
+    left.set(xlabel="x", ylabel="accuracy", ylim=(0, 1))
+    right.set(xlabel="x", ylim=(0, 100))
+    with pytest.raises(ValueError, match="y axis"):
+        kd.show(fig, alt=ALT, name="two")
+    plt.close(fig)
+
+
+def test_line_figures_are_small_and_pictures_keep_their_colours(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_FIGURES", str(tmp_path))
+    kd.show(line(), alt=ALT, name="line")
+    assert Image.open(tmp_path / "line.png").mode == "P"
+    fig, ax = plt.subplots()
+    ax.imshow(np.random.default_rng(0).random((8, 8, 3)))
+    ax.axis("off")
+    kd.show(fig, alt=ALT, name="photo")
+    assert Image.open(tmp_path / "photo.png").mode == "RGBA"
 
 
 def test_colours_can_be_told_apart_also_by_colour_blind_readers():
-    """Simulated deuteranopia and protanopia (Machado et al. 2009): no two of the first six colours fall together."""
-    deutan = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
-    protan = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
-    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in plots.COLOURS[:6]]) ** 2.2
-    for matrix in (deutan, protan):
-        seen = np.clip(rgb @ matrix.T, 0, 1) ** (1 / 2.2)
-        gaps = [np.abs(a - b).max() for i, a in enumerate(seen) for b in seen[:i]]
-        assert min(gaps) > 0.1
+    """Simulated dichromats (Machado et al. 2009, severity 1): CIELAB distance, where 2.3 is just noticeable."""
+    kinds = {
+        "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    }
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in plots.COLOURS]) ** 2.2
+    for kind, matrix in kinds.items():
+        seen = lab(np.clip(rgb @ np.array(matrix).T, 0, 1))
+        gaps = {(i, j): float(np.linalg.norm(seen[i] - seen[j])) for i in range(len(seen)) for j in range(i)}
+        assert min(gaps.values()) > 15, (kind, min(gaps, key=gaps.get))
+
+
+def lab(rgb):
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    t = rgb @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
 
 
 def test_an_arm_keeps_its_colour():
@@ -65,6 +138,7 @@ def test_curves_and_forest_draw_what_they_are_given():
     frame = pd.DataFrame({"arm": ["a"] * 4, "seed": [0, 0, 1, 1], "epoch": [0, 1, 0, 1], "acc": [0.1, 0.5, 0.3, 0.7]})
     ax = plots.curves(frame, "epoch", "acc")
     assert np.allclose(ax.lines[0].get_ydata(), [0.2, 0.6])
+    assert [text.get_text() for text in ax.texts] == ["a"]
     table = pd.DataFrame(
         {"difference": [np.nan, 0.1], "low": [np.nan, 0.05], "high": [np.nan, 0.15]}, index=["base", "kd"]
     )
@@ -73,10 +147,34 @@ def test_curves_and_forest_draw_what_they_are_given():
     plt.close("all")
 
 
-def test_footprint_counts_parameters_and_bytes():
-    from kdlib.data import images
+def test_names_at_line_ends_do_not_overlap():
+    ends = {"a": 0.500, "b": 0.501, "c": 0.502, "d": 0.9}
+    frame = pd.DataFrame([{"arm": arm, "epoch": e, "acc": y * e} for arm, y in ends.items() for e in (0, 1)])
+    ax = plots.curves(frame, "epoch", "acc")
+    ax.figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the leaders; from the lowest up
+    assert all(low.y0 + 0.8 * low.height < high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
+    assert abs(ax.texts[-1].get_position()[1]) < 1  # the one that stands apart stays at its line
+    plt.close("all")
 
-    model = kd.models.small_cnn(10, channels=(4,), in_channels=1)
-    table = kd.footprint.compare({"a": (model, images("digits").test), "b": (model, images("digits").test)}, calls=3)
-    assert table.loc["a", "parameters"] * 1e6 == kd.models.parameters(model) and table.loc["b / a", "megabytes"] == 1
-    assert (table.loc["a", ["latency_p50_ms", "per_second"]] > 0).all()
+
+def test_more_arms_than_colours_are_dashed(monkeypatch):
+    monkeypatch.setattr(plots, "_given", {})
+    frame = pd.DataFrame([{"arm": f"arm {i}", "epoch": e, "acc": i} for i in range(10) for e in (0, 1)])
+    ax = plots.curves(frame, "epoch", "acc")
+    looks = {(line.get_color(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == 10
+    plt.close("all")
+
+
+def test_an_interval_that_holds_zero_is_hollow():
+    table = pd.DataFrame({"difference": [0.1, 0.1, 0.1], "low": [0.05, -0.1, -np.inf], "high": [0.15, 0.3, np.inf]},
+                         index=["clear", "not", "one seed"])  # fmt: skip
+    marks = [line for line in plots.forest(table, xlabel="d").axes[0].lines if line.get_marker() == "o"]
+    assert [mark.get_markerfacecolor() == "white" for mark in marks] == [False, True, True]
+    plt.close("all")
+
+
+def test_outside_a_notebook_nothing_is_printed(capsys):
+    kd.show(line(), alt=ALT, name="quiet")
+    assert capsys.readouterr().out == ""

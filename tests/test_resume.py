@@ -187,9 +187,7 @@ def test_without_checkpoint_every_it_goes_by_the_clock(tmp_path, monkeypatch, wh
     monkeypatch.setattr("kdlib.training.CHECKPOINT_SECONDS", 0)
     writes = []
     write = files.write_tensors
-    monkeypatch.setattr(
-        files, "write_tensors", lambda path, *rest: (writes.append(path.name), write(path, *rest))
-    )
+    monkeypatch.setattr(files, "write_tensors", lambda path, *rest: (writes.append(path.name), write(path, *rest)))
     result, _ = train(tmp_path / "often", "adam", checkpoint_every=None)
     assert writes == [CHECKPOINT] * (EPOCHS - 1) + [FINISHED]
     assert_same(result, whole["adam"])

@@ -34,9 +34,7 @@ def train(seed, folder, rate, data=None):
     model = nn.Linear(2, 1)
     history = [{"epoch": 0, "loss": torch.tensor(0.5), "rate": np.float32(rate)}]
     draw = torch.rand(1).item() + np.random.rand() + random.random()
-    return Outcome(
-        {"accuracy": rate + seed, "draw": draw}, history, model, {"logits": torch.full((2,), rate)}
-    )
+    return Outcome({"accuracy": rate + seed, "draw": draw}, history, model, {"logits": torch.full((2,), rate)})
 
 
 @pytest.fixture(autouse=True)
@@ -280,10 +278,10 @@ def test_a_notebook_spreads_its_own_function_and_sees_its_edits(tmp_path):
     from nbclient import NotebookClient
 
     cells = [
-        "import sys\nsys.path.insert(0, {root!r})\nimport torch, kdlib as kd\n"
-        "from dataclasses import dataclass",
+        "import sys\nsys.path.insert(0, {root!r})\nimport torch, kdlib as kd\nfrom dataclasses import dataclass",
         "class Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-        "        self.layer = torch.nn.Linear(2, 1)\n    def forward(self, x):\n        return self.layer(x)\n"
+        "        self.layer = torch.nn.Linear(2, 1)\n"
+        "    def forward(self, x):\n        return self.layer(x)\n"
         "@dataclass\nclass Plan:\n    width: int = 3\n    def twice(self):\n        return 2 * self.width\n",
         "def helper(x):\n    return x + 1  # one",
         "def train(seed, folder, a):\n    value = helper(a) + Plan().twice()\n"

@@ -66,11 +66,7 @@ def test_a_results_file_holds_every_seed_and_little_else(runs, tmp_path, monkeyp
         ("KD", 0, 12.0),
     ]
     assert rows[-1]["diverged"] and content["tables"]["profile"]["rows"][1] == {"x": 2, "y": None}
-    assert (
-        content["seeds"] == [0, 1, 2]
-        and content["settings"]["epochs"] == 2
-        and "torch" in content["environment"]
-    )
+    assert content["seeds"] == [0, 1, 2] and content["settings"]["epochs"] == 2 and "torch" in content["environment"]
     assert len(text) < 5000 and content["tables"]["students"]["seconds"] == 1.5 * 7
 
 

@@ -24,9 +24,7 @@ def toy(rows: int = 20, size: int = 6, seed: int = 0) -> list[dict]:
     x = torch.randn(rows, 4, generator=draw)
     y = (x[:, 0] > 0).long()
     ids = torch.arange(rows)
-    return [
-        {"id": ids[i : i + size], "x": x[i : i + size], "y": y[i : i + size]} for i in range(0, rows, size)
-    ]
+    return [{"id": ids[i : i + size], "x": x[i : i + size], "y": y[i : i + size]} for i in range(0, rows, size)]
 
 
 def net(*middle: nn.Module) -> nn.Module:
@@ -63,9 +61,7 @@ def test_it_is_the_plain_loop():
         optimizer.step()
         losses.append(loss.item())
         rights.append(logs["right"].item())
-    ours = run(
-        epochs=3, optimizer=lambda p: torch.optim.Adam(p, lr=0.02), schedule=cosine(), clip=0.3, keep="last"
-    )
+    ours = run(epochs=3, optimizer=lambda p: torch.optim.Adam(p, lr=0.02), schedule=cosine(), clip=0.3, keep="last")
     assert torch.equal(weights(ours.model), weights(model))
     assert ours.steps == 12 and not ours.resumed
     for epoch, row in enumerate(ours.history):
@@ -126,9 +122,7 @@ def test_the_seed_rules_dropout_and_nothing_else():
 
 def test_the_optimiser_keeps_its_rate_for_a_second_phase():
     model = net()
-    optimizer = torch.optim.SGD(
-        [{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}], 0.1
-    )
+    optimizer = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}], 0.1)
     run(model, optimizer=optimizer, schedule=linear())
     assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1]
 
@@ -286,9 +280,7 @@ def token_batches(lengths: list[int], *, extra: int = 0) -> list[dict]:
     ids = torch.randint(11, (len(lengths), max(lengths) + extra), generator=draw)
     labels = torch.randint(5, ids.shape, generator=draw)
     labels[torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None]] = -100
-    return [
-        {"id": torch.arange(len(lengths)), "input_ids": ids, "labels": labels, "note": "whole", "scale": 2.0}
-    ]
+    return [{"id": torch.arange(len(lengths)), "input_ids": ids, "labels": labels, "note": "whole", "scale": 2.0}]
 
 
 def token_mean(model, batch):

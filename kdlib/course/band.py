@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +15,13 @@ from kdlib.course.execute import run
 
 
 def record(chapter: Chapter, seeds: int) -> bool:
-    """Run ``chapter`` at ``smoke`` from ``seeds`` first seeds and store mean ± 4 sd of each value."""
+    """Run ``chapter`` at ``smoke`` from ``seeds`` first seeds and store mean ± 4 sd of each value.
+
+    Raises:
+        ValueError: fewer than two seeds, which have no spread.
+    """
+    if seeds < 2:
+        raise ValueError(f"--seeds is {seeds}; a band needs at least 2, better 8")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "values.jsonl"
         for first in range(seeds):
@@ -25,6 +32,7 @@ def record(chapter: Chapter, seeds: int) -> bool:
     path = Path(os.environ.get("KDLIB_RESULTS") or root() / "results") / "smoke_bands.json"
     bands = files.read_json(path) if path.exists() else {}
     middle, half = values.mean(), 4 * values.std()
-    bands[chapter.name] = {k: [round(middle[k] - half[k], 4), round(middle[k] + half[k], 4)] for k in values}
+    low, high = (middle - half) * 1e4, (middle + half) * 1e4  # rounded outwards: a spread of 0 must let its value in
+    bands[chapter.name] = {k: [math.floor(low[k]) / 1e4, math.ceil(high[k]) / 1e4] for k in values}
     files.write_json(path, bands)
     return True

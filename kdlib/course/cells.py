@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import linecache
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import nbformat
 from nbformat import NotebookNode
 
 from kdlib import files
+
+BAR = re.compile(
+    r"\x1b\[A|[^\r\n]*(?:\d%\||\d(?:it|s)/\w+\])[^\r\n]*\n?"
+)  # what tqdm writes between two carriage returns
 
 
 def read(path: str | Path) -> NotebookNode:
@@ -36,7 +42,7 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     notebook.metadata.pop("widgets", None)
     for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), start=1):
         cell.metadata.pop("execution", None)
-        cell.outputs = [output for output in cell.outputs if not _passing(output)]
+        cell.outputs = [kept for output in cell.outputs if (kept := _lasting(output))]
         cell.execution_count = number
         for output in cell.outputs:
             if output.output_type == "execute_result":
@@ -44,11 +50,12 @@ def tidy(notebook: NotebookNode) -> NotebookNode:
     return notebook
 
 
-def _passing(output: NotebookNode) -> bool:
-    """A progress bar, or a widget that a page without a kernel cannot draw."""
+def _lasting(output: NotebookNode) -> NotebookNode | None:
+    """The output without progress bars; None for a widget, which a page without a kernel cannot draw."""
     if output.output_type == "stream" and output.name == "stderr":
-        return "it/s]" in output.text or "%|" in output.text or not output.text.strip()
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+        output.text = BAR.sub("", output.text).strip("\r")  # a warning beside a bar must be seen
+        return output if output.text.strip() else None
+    return None if "application/vnd.jupyter.widget-view+json" in output.get("data", {}) else output
 
 
 def method_namespace(path: str | Path) -> dict[str, Any]:
@@ -69,10 +76,10 @@ def export(path: str | Path) -> str:
     """The ``method`` cells as a module's source, with the imports of the ``setup`` cells."""
     notebook = read(path)
     imports = [
-        line
+        ast.unparse(statement)
         for cell in tagged(notebook, "setup")
-        for line in cell.source.splitlines()
-        if line.startswith(("import ", "from "))
+        for statement in ast.parse(cell.source).body
+        if isinstance(statement, ast.Import | ast.ImportFrom)
     ]
     method = "\n\n\n".join(cell.source.strip() for cell in tagged(notebook, "method"))
     head = f'"""The method of {Path(path).stem}, exported from the notebook that derives it."""'

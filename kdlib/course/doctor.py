@@ -25,13 +25,20 @@ NEEDED = (
 )
 FOR_TEXT = ("transformers", "datasets", "tokenizers")
 FOR_RUNNING = ("nbclient", "nbformat", "ipykernel", "jupyterlab", "nbval", "pytest")
-SETS = {  # folder under KDLIB_DATA: what uses it
-    "cifar10": "00, 01 at lab and full (torchvision can download it, 170 MB)",
-    "cifar100": "01 at full (torchvision can download it, 169 MB)",
-    "weights_resnet_cifar10": "00, 01 at lab: ready CIFAR-10 teachers",
-    "glue": "01 at lab and full (datasets can download it)",
-    "models/sentence-transformers/all-MiniLM-L6-v2": "01 at lab (transformers can download it, 90 MB)",
-}
+SETS = (  # name, folders that hold it (any will do), which chapters want it at which scale, how it comes
+    ("CIFAR-10", ("cifar10", "cifar-10-batches-py"), "00, 01 at lab and full", "the chapter downloads it, 170 MB"),
+    ("CIFAR-100", ("cifar100", "cifar-100-python"), "01 at full", "the chapter downloads it, 169 MB"),
+    ("ready ResNets", ("weights_resnet_cifar10",), "00, 01 at lab", "by hand: data/README.md, under Models"),
+    ("GLUE", ("glue",), "01 at lab and full", "the chapter asks the hub (or its cache) for it, 15 MB at lab"),
+    ("TREC", ("textcls/trec",), "01 at lab", "by hand: data/README.md, under trec"),
+)
+ENCODERS = (
+    ("sentence-transformers/all-MiniLM-L6-v2", "01 at lab"),
+    ("bert-large-uncased", "01 at full"),
+    ("google/bert_uncased_L-4_H-512_A-8", "01 at full"),
+    ("roberta-large", "01 at full"),
+    ("distilroberta-base", "01 at full"),
+)
 
 
 def report() -> bool:
@@ -47,11 +54,27 @@ def report() -> bool:
         _line(not absent, f"packages for {use}", f"missing {', '.join(absent)}: pip install -r requirements.txt")
         ok &= not absent or names is FOR_TEXT
     _machine()
-    print(f"\nData and models under {sources.root()}")
-    for name, use in SETS.items():
-        _line((sources.root() / name).exists(), f"{name}: {use}", "not there; set KDLIB_DATA, or see data/README.md")
+    _data()
     print("\n`smoke` needs none of these: " + ("it can run." if ok else "but it cannot run until the above is mended."))
     return ok
+
+
+def _data() -> None:
+    print(f"\nData and models, in {sources.root()} (KDLIB_DATA) or the hub's cache")
+    for name, folders, use, how in SETS:
+        there = any(sources.local(folder) for folder in folders)
+        _line(there, f"{name}: {use}", f"not there: {how}, or set KDLIB_DATA to the folder that has {folders[0]}/")
+    for name, use in ENCODERS:
+        there = sources.local(f"models/{name}") or _cached(name)
+        _line(bool(there), f"{name}: {use}", "not there: the chapter downloads it from the hub")
+
+
+def _cached(model: str) -> bool:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return False
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
 def _machine() -> None:

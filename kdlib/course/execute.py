@@ -18,6 +18,11 @@ from kdlib.course import cells
 from kdlib.course.chapters import Chapter
 from kdlib.course.results import lines
 
+KERNEL_GONE = (
+    "Most often the memory was full: try --jobs 1, or a smaller scale. "
+    "The same command goes on where this one stopped: finished runs come from the store"
+)
+
 
 def run(chapter: Chapter, options: dict[str, str], *, out: Path | None = None, in_place: bool = False) -> bool:
     """Execute ``chapter`` with the environment variables ``options``; False if a cell failed.
@@ -56,14 +61,22 @@ def _execute(notebook, chapter: Chapter) -> str:
     """Run the cells; the failing cell and its error as text, or nothing."""
     count = sum(cell.cell_type == "code" for cell in notebook.cells)
     with tqdm(total=count, desc=chapter.name, unit="cell") as bar:
-        client = NotebookClient(
-            notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(chapter.path.parent)}},
-            on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(),
-        )  # fmt: skip
-        try:
-            client.execute()
-        except CellExecutionError as error:
-            return f"The cell that failed:\n\n{error.traceback}\n{error.ename}: {error.evalue}"
+        for last_try in (False, True):
+            client = NotebookClient(
+                notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(chapter.path.parent)}},
+                on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # or it warns of local sockets at every start
+            )  # fmt: skip
+            try:
+                client.execute()
+                return ""
+            except CellExecutionError as error:
+                return f"The cell that failed:\n\n{error.traceback}\n{error.ename}: {error.evalue}"
+            except RuntimeError as error:  # the kernel is gone; one that loses the race for its ports never starts
+                if bar.n or last_try:
+                    return f"The kernel stopped after {bar.n:.0f} of {count} cells ({error}). {KERNEL_GONE}"
+            except AssertionError:  # on Ctrl-C nbclient shuts the kernel down, and then stumbles over its absence
+                raise KeyboardInterrupt from None
     return ""
 
 

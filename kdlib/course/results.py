@@ -10,7 +10,7 @@ import pandas
 
 from kdlib import files, scoreboard
 from kdlib.course.chapters import CHAPTERS, Chapter, Headline, root
-from kdlib.course.stamp import address, between
+from kdlib.course.stamp import badge, between
 
 
 def lines(chapter: Chapter, result: dict[str, Any]) -> list[str]:
@@ -71,13 +71,9 @@ def _notebooks() -> str:
     out = []
     for chapter in CHAPTERS:
         file = f"notebooks/{chapter.name}.ipynb"
-        colab = (
-            f"https://colab.research.google.com/github/{address().removeprefix('https://github.com/')}/blob/main/{file}"
-        )
-        badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab})"
         student = f"[open](notebooks/student/{chapter.name}.ipynb)"
         out.append(
-            f"| {chapter.number} | {chapter.title} | {chapter.question} | [read]({file}) | {badge} | {student} |"
+            f"| {chapter.number} | {chapter.title} | {chapter.question} | [read]({file}) | {badge(chapter)} | {student} |"
         )
     return "\n".join(out)
 

@@ -9,8 +9,10 @@ from kdlib import scoreboard
 from kdlib.course import cells
 from kdlib.course.chapters import Chapter, root
 
+REF = "main"  # what badges and the Colab cell open; a class that wants a frozen course puts a tag here
 COLAB = """\
 # On Colab: fetch the course and, if you like, keep runs on your Drive. Anywhere else this cell does nothing.
+import importlib.util
 import os
 import subprocess
 import sys
@@ -18,7 +20,12 @@ import sys
 if "google.colab" in sys.modules:
     KEEP_RUNS_ON_DRIVE = False  # True: a disconnected session loses nothing
     if not os.path.exists("/content/kdlib"):
-        subprocess.run(["git", "clone", "-q", "--depth", "1", "{address}", "/content/kdlib"], check=True)
+        clone = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth", "1", "--branch", "{ref}"]
+        subprocess.run([*clone, "{address}", "/content/kdlib"], check=True)
+    needed = ("accelerate", "cloudpickle", "datasets", "filelock", "joblib", "safetensors", "tokenizers")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:  # what is there stays as it is: torch, torchvision, transformers and numpy above all
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
     sys.path.insert(0, "/content/kdlib")
     os.environ["PYTHONPATH"] = "/content/kdlib"
     if KEEP_RUNS_ON_DRIVE:
@@ -38,6 +45,17 @@ def address() -> str:
     return found.group(1)
 
 
+def blob(file: str, host: str = "https://github.com") -> str:
+    """Where ``file`` is read: at the state that the Colab cell fetches, so that both belong together."""
+    return f"{address().replace('https://github.com', host)}/blob/{REF}/{file}"
+
+
+def badge(chapter: Chapter) -> str:
+    """The button that opens a chapter on Colab."""
+    link = blob(f"notebooks/{chapter.name}.ipynb", "https://colab.research.google.com/github")
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+
+
 def between(text: str, name: str, content: str) -> str:
     """``text`` with ``content`` between ``<!-- name -->`` and ``<!-- /name -->``.
 
@@ -52,11 +70,6 @@ def between(text: str, name: str, content: str) -> str:
 
 def header(chapter: Chapter) -> str:
     """The first cell: badge, links, what each scale costs, when the outputs were made."""
-    blob = f"{address()}/blob/main/notebooks"
-    colab = blob.replace("https://github.com", "https://colab.research.google.com/github")
-    badge = (
-        f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({colab}/{chapter.name}.ipynb)"
-    )
     rows = ["| scale | data | training, all runs together | memory | measured on |", "|---|---|---|---|---|"]
     found = {}
     for result in scoreboard.committed(chapter.name):
@@ -68,7 +81,8 @@ def header(chapter: Chapter) -> str:
     if largest:
         versions = ", ".join(f"{k} {largest['environment'][k]}" for k in ("python", "torch", "transformers"))
         made = f"\n\n*Outputs below: `{largest['scale']}`, {largest['hardware']}, {largest['date']}, {versions}.*"
-    links = f"{badge} · [with open exercises]({blob}/student/{chapter.name}.ipynb) · [repository]({address()})"
+    student = blob(f"notebooks/student/{chapter.name}.ipynb")
+    links = f"{badge(chapter)} · [with open exercises]({student}) · [repository]({address()})"
     return "<!-- header -->\n" + links + "\n\n" + "\n".join(rows) + made
 
 
@@ -87,7 +101,7 @@ def stamp(chapter: Chapter, check: bool) -> bool:
     top, colab = notebook.cells[0], cells.tagged(notebook, "colab")
     if not top.source.startswith("<!-- header -->") or len(colab) != 1:
         raise ValueError(f"{chapter.name} needs a first cell <!-- header --> and one code cell tagged 'colab'")
-    new = (header(chapter), COLAB.format(address=address()))
+    new = (header(chapter), COLAB.format(address=address(), ref=REF))
     same = (top.source, colab[0].source) == new
     if not check and not same:
         top.source, colab[0].source = new
