@@ -53,8 +53,13 @@ def check_contract(
         classes: the data's class names, in the order of its labels.
     """
     report = Report()
-    teacher_logits = _answer(report, "the teacher", lambda: teacher(batch))
-    student_logits = _answer(report, "the student", lambda: _student(student, batch))
+    # Before a model runs: on a GPU an id outside the vocabulary is an error that no later call recovers from.
+    known = [
+        _check_vocabulary(report, who, model, batch)
+        for who, model in (("the teacher", getattr(teacher, "model", None)), ("the student", student))
+    ]
+    teacher_logits = _answer(report, "the teacher", lambda: teacher(batch)) if known[0] else None
+    student_logits = _answer(report, "the student", lambda: _student(student, batch)) if known[1] else None
     if teacher_logits is not None and student_logits is not None:
         t, s = teacher_logits.shape[-1], student_logits.shape[-1]
         report.add(
@@ -65,8 +70,6 @@ def check_contract(
         _check_names(report, tuple(teacher.classes), tuple(classes))
     if "x" in batch:
         _check_normalisation(report, batch["x"])
-    if "input_ids" in batch:
-        _check_vocabulary(report, teacher, batch)
     if teacher_logits is not None and "y" in batch and not batch["y"].is_floating_point():
         _check_accuracy(report, teacher_logits, batch["y"])
     return report
@@ -76,8 +79,12 @@ def check_contract(
 def _answer(report: Report, who: str, ask: Any) -> Tensor | None:
     try:
         logits = ask()
-    except (RuntimeError, ValueError, IndexError, KeyError) as error:
-        report.add(f"{who} runs on a batch", False, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"{who} answers a {type(logits).__name__}; it must answer logits, or an object with .logits"
+            )
+    except Exception as error:  # whatever a stranger's model raises is a finding, not the end of the report
+        report.add(f"{who} runs on a batch", False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         return None
     report.add(f"{who} runs on a batch and answers finite logits", logits.isfinite().all(),
                f"{who} answers NaN or infinity; look at its weights and its input's scale")  # fmt: skip
@@ -118,15 +125,16 @@ def _check_normalisation(report: Report, x: Tensor) -> None:
     )  # fmt: skip
 
 
-def _check_vocabulary(report: Report, teacher: Any, batch: dict[str, Any]) -> None:
-    embeddings = [m for m in getattr(teacher, "model", nn.Module()).modules() if isinstance(m, nn.Embedding)]
-    if not embeddings:
-        return
+def _check_vocabulary(report: Report, who: str, model: nn.Module | None, batch: dict[str, Any]) -> bool:
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)] if model is not None else []
+    if not embeddings or "input_ids" not in batch:
+        return True
     size, largest = max(m.num_embeddings for m in embeddings), int(batch["input_ids"].max())
     report.add(
-        f"token ids are inside the teacher's vocabulary ({size})", largest < size,
-        f"the batch has id {largest}; encode the text with the teacher's own tokenizer",
+        f"token ids are inside the vocabulary of {who} ({size})", largest < size,
+        f"the batch has id {largest}; encode the text with the tokenizer of {who}",
     )  # fmt: skip
+    return largest < size
 
 
 def _check_accuracy(report: Report, logits: Tensor, labels: Tensor) -> None:
@@ -134,9 +142,10 @@ def _check_accuracy(report: Report, logits: Tensor, labels: Tensor) -> None:
 
     n_classes, predicted = logits.shape[-1], logits.argmax(-1).cpu()
     labels = labels.cpu()
-    if int(labels.max()) >= n_classes:
+    strange = labels[(labels < 0) | (labels >= n_classes)]
+    if len(strange):
         report.add("labels are among the teacher's classes", False,
-                   f"label {int(labels.max())} does not exist for a teacher of {n_classes} classes")  # fmt: skip
+                   f"label {int(strange[strange.abs().argmax()])} does not exist for a teacher of {n_classes} classes")  # fmt: skip
         return
     accuracy = (predicted == labels).float().mean().item()
     counts = torch.zeros(n_classes, n_classes).index_put_((predicted, labels), torch.ones(len(labels)), accumulate=True)

@@ -49,6 +49,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(part, 0o666 & ~_umask())  # mkstemp's own mode lets nobody else read it
         os.replace(part, path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free / 1e6
@@ -59,6 +60,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -74,11 +81,15 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any] | None = None) -> None:
     """Write tensors and a JSON-able ``meta`` into one safetensors file, atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic(path) as part:
-        save_file(whole, str(part), metadata={"kdlib": json.dumps(meta or {})})
+        try:
+            save_file(whole, str(part), metadata={"kdlib": json.dumps(meta or {})})
+        except SafetensorError as error:  # what a full disk looks like from there
+            raise OSError(None, str(error)) from error
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

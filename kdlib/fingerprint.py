@@ -135,21 +135,15 @@ class _Walk:
     def _function(self, function: types.FunctionType) -> bytes:
         original = getattr(function, "__wrapped__", None)  # functools.wraps, torch.no_grad()
         if not _ours(function.__globals__.get("__name__")):
-            return _hash(
-                "name", _name(function, function.__qualname__), *([self.of(original)] if original else [])
-            )
+            return _hash("name", _name(function, function.__qualname__), *([self.of(original)] if original else []))
         nodes = _find(function)
         defaults = [function.__defaults__, function.__kwdefaults__, original]
         extra = [self.named(f"a default of {function.__qualname__}", defaults)]
         if len(nodes) > 1:  # lambdas that share a line: the code says which this is
             code = function.__code__
-            extra.append(
-                _hash(code.co_code, repr(code.co_consts), repr(code.co_names), repr(code.co_varnames))
-            )
+            extra.append(_hash(code.co_code, repr(code.co_consts), repr(code.co_names), repr(code.co_varnames)))
         closure = _closure(function)
-        return _hash(
-            "function", self._source(function.__qualname__, nodes, function.__globals__, closure), *extra
-        )
+        return _hash("function", self._source(function.__qualname__, nodes, function.__globals__, closure), *extra)
 
     def _class(self, cls: type) -> bytes:
         if not _ours(cls.__module__):
@@ -170,9 +164,7 @@ class _Walk:
         annotations = {name: str(item) for name, item in vars(cls).get("__annotations__", {}).items()}
         return self.named(f"something in the class {cls.__qualname__}", [held, factories, annotations])
 
-    def _source(
-        self, owner: str, nodes: list[ast.AST], scope: dict[str, Any], closure: dict[str, Any]
-    ) -> bytes:
+    def _source(self, owner: str, nodes: list[ast.AST], scope: dict[str, Any], closure: dict[str, Any]) -> bytes:
         """Hash some source and, by name, everything that it reaches."""
         parts: list[Any] = []
         for node in nodes:
@@ -187,9 +179,7 @@ class _Walk:
                         break
         return _hash("source", *parts)
 
-    def _reach(
-        self, owner: str, dotted: str, value: Any, name: str, chain: tuple[str, ...], scope: dict
-    ) -> bytes:
+    def _reach(self, owner: str, dotted: str, value: Any, name: str, chain: tuple[str, ...], scope: dict) -> bytes:
         """Follow ``name.a.b`` through modules and settings as far as they go, and hash what is there."""
         module = scope.get("__name__", "")
         for attribute in chain:
@@ -278,11 +268,7 @@ class _Source:
         self.text, self._codes = text, None
         self._walk(self.tree, "")
         for statement in self.tree.body:
-            targets = (
-                statement.targets
-                if isinstance(statement, ast.Assign)
-                else [getattr(statement, "target", None)]
-            )
+            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
             for name in (n for target in targets if target for n in ast.walk(target)):
                 if isinstance(name, ast.Name):
                     self.statements[name.id] = statement
@@ -331,10 +317,7 @@ def _find(function: types.FunctionType) -> list[ast.AST]:
     """The node of a function; several where lambdas share a line."""
     code, loader = function.__code__, function.__globals__.get("__loader__")
     # A test runner that rewrites assertions, and a notebook, compile something else than the bare text.
-    compare = (
-        type(loader).__name__ == "SourceFileLoader"
-        and function.__globals__.get("__file__") == code.co_filename
-    )
+    compare = type(loader).__name__ == "SourceFileLoader" and function.__globals__.get("__file__") == code.co_filename
     for _ in range(2):
         try:
             source = _source(code.co_filename)
@@ -350,8 +333,7 @@ def _find(function: types.FunctionType) -> list[ast.AST]:
             "kernel so that what runs is what is written"
         )
     raise ValueError(
-        f"the source of {function.__qualname__} is not at hand; define it in a notebook cell or in a file, "
-        "not by exec"
+        f"the source of {function.__qualname__} is not at hand; define it in a notebook cell or in a file, not by exec"
     )
 
 
@@ -359,9 +341,7 @@ def _methods(cls: type) -> list[types.FunctionType]:
     """The functions that a class's own body defines (not those that a decorator generates)."""
     found = []
     for member in vars(cls).values():
-        inner = (
-            [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "func", member)]
-        )
+        inner = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "func", member)]
         for function in inner:
             while hasattr(function, "__wrapped__") or isinstance(function, (staticmethod, classmethod)):
                 function = getattr(function, "__wrapped__", None) or function.__func__

@@ -1,4 +1,4 @@
-"""Measures and intervals: thin, typed wrappers of scikit-learn, SciPy and sacrebleu, and paired differences."""
+"""Measures and intervals: thin, typed wrappers of scikit-learn and SciPy, and paired differences."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of ``logits`` [N, C] whose largest entry is the label [N]."""
     _same_length(logits, labels)
-    return (logits.argmax(-1) == labels).float().mean().item()
+    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
     """Share of rows in which two models' logits [N, C] have the same largest entry."""
     _same_length(a, b)
-    return (a.argmax(-1) == b.argmax(-1)).float().mean().item()
+    return (a.argmax(-1) == b.argmax(-1)).double().mean().item()
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:
@@ -141,7 +141,8 @@ def _forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> T
     if "x" in batch:
         out = model(batch["x"].to(device))
     else:
-        out = model(input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device))
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
+        out = model(**{name: batch[name].to(device) for name in names})
     return getattr(out, "logits", out)
 
 

@@ -196,7 +196,12 @@ def pretrained(name: str | Path, *, auto: str = "AutoModelForSequenceClassificat
     maker = getattr(transformers, auto)
     if scale.rehearsing() and _folder(name) is None:
         return maker.from_config(_config(str(name), settings))
-    return _from_pretrained(maker, name, settings)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # the report of unused and new weights names a path of this machine
+    try:
+        return _from_pretrained(maker, name, settings)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def tokenizer(name: str | Path, **settings: Any) -> PreTrainedTokenizerBase:

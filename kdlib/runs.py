@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import copyreg
 import datetime
 import functools
 import pickle
 import random
 import re
 import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -96,22 +99,16 @@ class Runs(list[Run]):
         """One row a row of a run's history, with its arm and seed in front."""
         import pandas
 
-        return pandas.DataFrame(
-            [{"arm": run.arm, "seed": run.seed, **row} for run in self for row in run.history]
-        )
+        return pandas.DataFrame([{"arm": run.arm, "seed": run.seed, **row} for run in self for row in run.history])
 
     def model(self, arm: str, seed: int, into: nn.Module, part: str | None = None) -> nn.Module:
         """Load a run's weights into a module of the same make; ``part`` names one of several models."""
         run = self.get(arm, seed)
         if not (run.folder / MODEL).exists():
-            raise ValueError(
-                f"arm {arm!r}, seed {seed} stored no model; return Outcome(model=...) from train"
-            )
+            raise ValueError(f"arm {arm!r}, seed {seed} stored no model; return Outcome(model=...) from train")
         tensors, meta = files.read_tensors(run.folder / MODEL)
         if part not in (meta["parts"] or [None]):
-            raise ValueError(
-                f"arm {arm!r} stored the models {meta['parts']}; part is {part!r}, give one of them"
-            )
+            raise ValueError(f"arm {arm!r} stored the models {meta['parts']}; part is {part!r}, give one of them")
         prefix = f"{part}/" if part else ""
         own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         into.load_state_dict(own)
@@ -171,17 +168,13 @@ def run_grid(
     shared = shared or {}
     _check(arms, seeds, shared)
     rehearsal = scale.rehearsing()
-    store = Path(store or files.home() / "runs") if not rehearsal else files.home() / "rehearsals"
+    store = Path(store or files.home() / "runs") if not rehearsal else _rehearsal_store()
     tasks = _tasks(store / _slug(name), train, arms, seeds, shared)
-    if rehearsal:
-        shutil.rmtree(store / _slug(name), ignore_errors=True)
     found = {task.key: _load(task) for task in tasks}
     todo = [task for task in tasks if found[task.key] is None]
     jobs = min(1 if rehearsal else jobs or scale.jobs(), len(todo))
     if progress:
-        left = (
-            f"{len(todo)} to train on {jobs} process{'es' if jobs > 1 else ''}" if todo else "none to train"
-        )
+        left = f"{len(todo)} to train on {jobs} process{'es' if jobs > 1 else ''}" if todo else "none to train"
         print(f"{name}: {len(tasks)} runs, {len(tasks) - len(todo)} from the store, {left}")
     failures = _make_all(todo, train, shared, jobs, progress)
     if failures:
@@ -193,23 +186,25 @@ def run_grid(
     return Runs(found[task.key] or _load(task) for task in tasks)
 
 
+@functools.cache
+def _rehearsal_store() -> Path:
+    """A store for this process only: what is rehearsed is rehearsed anew each time."""
+    folder = tempfile.mkdtemp(prefix="kdlib-rehearsal-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def _check(arms: dict[str, dict[str, Any]], seeds: Sequence[int], shared: dict[str, Any]) -> None:
     if not arms or not seeds:
         raise ValueError(f"a grid needs arms and seeds; arms are {list(arms)}, seeds are {list(seeds)}")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(
-            f"seeds are {list(seeds)}; give each one once, or it would count twice in the intervals"
-        )
+        raise ValueError(f"seeds are {list(seeds)}; give each one once, or it would count twice in the intervals")
     for arm, settings in arms.items():
         if taken := {"seed", "folder", *shared} & set(settings):
-            raise ValueError(
-                f"arm {arm!r} sets {sorted(taken)}, which the grid gives to train itself; rename them"
-            )
+            raise ValueError(f"arm {arm!r} sets {sorted(taken)}, which the grid gives to train itself; rename them")
 
 
-def _tasks(
-    folder: Path, train: Callable, arms: dict, seeds: Sequence[int], shared: dict[str, Any]
-) -> list[_Task]:
+def _tasks(folder: Path, train: Callable, arms: dict, seeds: Sequence[int], shared: dict[str, Any]) -> list[_Task]:
     common = fingerprint(train, shared, scale.device().type, scale.precision())
     tasks = []
     for arm, settings in arms.items():
@@ -256,8 +251,11 @@ def _spread(
         for task in todo:
             yield task, _make(task, train, shared, wait)
         return
-    import cloudpickle  # joblib's own dependency
+    import cloudpickle
 
+    # a function that says `.classes` or `.ops` makes cloudpickle reach for torch's namespaces of these names
+    for name in ("classes", "ops"):
+        copyreg.pickle(type(getattr(torch, name)), functools.partial(_torch_attribute, name))
     given, lost = cloudpickle.dumps((train, shared)), []
     for task, state in _in_processes(todo, given, jobs, wait):
         if state is None:
@@ -268,15 +266,15 @@ def _spread(
         print(f"A worker process was killed (out of memory?). {len(lost)} runs go on, one at a time.")
     for task in sorted(lost, key=todo.index):
         for _, state in _in_processes([task], given, 1, wait):
-            killed = (
-                "its process was killed twice; was there too little memory? Try jobs=1 or smaller batches"
-            )
+            killed = "its process was killed twice; was there too little memory? Try jobs=1 or smaller batches"
             yield task, killed if state is None else state
 
 
-def _in_processes(
-    todo: list[_Task], given: bytes, jobs: int, wait: bool
-) -> Iterator[tuple[_Task, str | None]]:
+def _torch_attribute(name: str, _: Any) -> tuple:
+    return getattr, (torch, name)
+
+
+def _in_processes(todo: list[_Task], given: bytes, jobs: int, wait: bool) -> Iterator[tuple[_Task, str | None]]:
     """Make runs in worker processes of one thread each; None is said of those that a killed worker left."""
     from concurrent.futures import BrokenExecutor
 
@@ -367,9 +365,7 @@ def _train(task: _Task, train: Callable, shared: dict[str, Any]) -> None:
 
 def _store(folder: Path, outcome: Outcome) -> dict[str, str]:
     """Write the models and arrays; return their checksums."""
-    models = (
-        outcome.model if isinstance(outcome.model, dict) else {"": outcome.model} if outcome.model else {}
-    )
+    models = outcome.model if isinstance(outcome.model, dict) else {"": outcome.model} if outcome.model else {}
     weights = {
         f"{part}/{name}" if part else name: tensor
         for part, model in models.items()
@@ -395,10 +391,7 @@ def _load(task: _Task) -> Run | None:
         for name, checksum in record["files"].items():
             if files.sha256(task.folder / name) != checksum:
                 raise ValueError(f"{name} has other bytes than were stored")
-        given = {
-            key: record[key]
-            for key in ("arm", "seed", "metrics", "history", "settings", "seconds", "hardware")
-        }
+        given = {key: record[key] for key in ("arm", "seed", "metrics", "history", "settings", "seconds", "hardware")}
         run = Run(**given, folder=task.folder, diverged=record["diverged"] is not None)
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         print(f"The stored run {task.folder} is damaged ({error!r}); it is made again.")

@@ -36,7 +36,9 @@ def compare(
 
     frame = runs.frame() if isinstance(runs, Runs) else runs
     if metric not in frame:
-        raise ValueError(f"the runs have no metric {metric!r}; they have {sorted(set(frame) - {'arm', 'seed', 'seconds'})}")
+        raise ValueError(
+            f"the runs have no metric {metric!r}; they have {sorted(set(frame) - {'arm', 'seed', 'seconds'})}"
+        )
     wide = frame.pivot(index="seed", columns="arm", values=metric)[list(dict.fromkeys(frame["arm"]))]
     if baseline is not None and baseline not in wide:
         raise ValueError(f"no arm is called {baseline!r}; arms are {list(wide)}")
@@ -117,7 +119,9 @@ def _peak_memory_gb() -> float:
 
 def _table(table: Any) -> dict[str, Any]:
     if isinstance(table, Runs):
-        rows = [{"arm": r.arm, "seed": r.seed, **r.metrics, **({"diverged": True} if r.diverged else {})} for r in table]
+        rows = [
+            {"arm": r.arm, "seed": r.seed, **r.metrics, **({"diverged": True} if r.diverged else {})} for r in table
+        ]
         return {"kind": "runs", "rows": _jsonable(rows), "seconds": round(sum(r.seconds for r in table), 1)}
     return {"kind": "table", "rows": _jsonable(table.to_dict("records"))}
 

@@ -8,31 +8,28 @@ runs the same on a laptop's CPU, on one GPU in mixed precision and on several pr
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdlib import files, rehearsal, scale
+from kdlib import checkpoints, rehearsal, scale
+from kdlib.batches import Batch, as_batches, between, n_rows
+from kdlib.batches import part as part_of
 
 if TYPE_CHECKING:
     import pandas
     from accelerate import Accelerator
 
-Batch = dict[str, Any]
 LossFn = Callable[[nn.Module, Batch], "tuple[Tensor, dict[str, Any]]"]
 Schedule = Callable[[float], float]
 
-CHECKPOINT, FINISHED = "checkpoint.safetensors", "finished.safetensors"
 CHECKPOINT_SECONDS = 20  # without checkpoint_every, checkpoints are at least this far apart
 WHOLE = 1  # the weight of a batch that is not split; compared by identity, it saves the product
 RUN_COLUMNS = ("epoch", "step", "lr", "seconds")
@@ -173,16 +170,16 @@ def fit(
         FloatingPointError: the loss became NaN or infinite (found at the end of the epoch).
     """
     run = _Run(
-        model, loss_fn, _as_batches(batches), epochs, optimizer, schedule, evaluate, monitor, mode, keep,
+        model, loss_fn, as_batches(batches), epochs, optimizer, schedule, evaluate, monitor, mode, keep,
         patience, clip, accumulate, units, Path(folder) if folder else None, checkpoint_every, eval_every,
         seed, accelerator or _accelerator(),
     )  # fmt: skip
     run.begin()
     if scale.rehearsing():
         return run.rehearse()
-    if run.load_finished():
+    if checkpoints.load_finished(run):
         return run.result()
-    run.load_checkpoint()
+    checkpoints.load(run)
     try:
         with _bar(run, progress) as bar:
             while not run.done():
@@ -244,7 +241,7 @@ class _Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._check_parameters()
         self.initial_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self.settings = self._settings()
+        self.settings = checkpoints.settings(self)
         self.total_steps = self.epochs * len(self.batches)
         if self.accelerator.num_processes > 1:
             _broadcast(self.model.state_dict())
@@ -265,7 +262,7 @@ class _Run:
             self.train_step(batch)
             bar.update()
             if self.folder and self.checkpoint_every and self.step % self.checkpoint_every == 0:
-                self.save_checkpoint()
+                checkpoints.save(self)
 
     def train_step(self, batch: Batch) -> None:
         """One step of the optimiser: the gradient of the whole batch's mean, from its parts."""
@@ -296,8 +293,8 @@ class _Run:
             self._compare(metrics)
         self.history.append(row)
         self.epoch, self.sums, self.weights = self.epoch + 1, {}, {}
-        if self.folder and not self.checkpoint_every and not self.done() and self._checkpoint_due():
-            self.save_checkpoint()
+        if self.folder and not self.checkpoint_every and not self.done() and self.checkpoint_due():
+            checkpoints.save(self)
 
     def shown(self) -> dict[str, str]:
         """The last row for the progress bar."""
@@ -305,13 +302,11 @@ class _Run:
 
     def finish(self) -> None:
         """Take up the weights to keep, and store them as the finished run."""
-        self._tick()
+        self.tick()
         if self.keep == "best" and self.best_weights:
             self.model.load_state_dict(self.best_weights)
         if self.folder and self.accelerator.is_main_process:
-            weights = _named("model", self.model.state_dict())
-            files.write_tensors(self.folder / FINISHED, weights, self._progress())
-            (self.folder / CHECKPOINT).unlink(missing_ok=True)
+            checkpoints.save_finished(self)
         self.accelerator.wait_for_everyone()
 
     def result(self) -> Fit:
@@ -329,13 +324,13 @@ class _Run:
         if count == 1:
             yield batch, WHOLE
             return
-        units = self.units or _rows
+        units = self.units or n_rows
         whole = units(batch)
         whole = whole + (whole == 0)
         first = self.accumulate * self.accelerator.process_index
         for index in range(first, first + self.accumulate):
-            part = _cut(batch, index, count)
-            if _rows(part) and (mine := units(part)):
+            part = part_of(batch, index, count)
+            if n_rows(part) and (mine := units(part)):
                 yield part, mine / whole
 
     def _place(self, batch: Batch) -> Batch:
@@ -350,11 +345,11 @@ class _Run:
         for name, value in logs.items():
             value = value.detach() if isinstance(value, Tensor) else value
             if name not in self.sums:
-                self.sums[name], self.weights[name] = self._zero(), 0
+                self.sums[name], self.weights[name] = self.zero(), 0
             self.sums[name] += value if weight is WHOLE else value * weight
             self.weights[name] = self.weights[name] + weight
 
-    def _zero(self) -> Tensor:
+    def zero(self) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=self.device)
 
     def _backward(self, loss: Tensor) -> None:
@@ -399,7 +394,7 @@ class _Run:
             )
         if clash := sorted(set(RUN_COLUMNS) & set(means)):
             raise ValueError(f"loss_fn logs {clash}, names that fit() uses itself; give them other names")
-        self._tick()
+        self.tick()
         lr = self.optimizer.param_groups[0]["lr"]
         return {"epoch": self.epoch, "step": self.step, "lr": lr, "seconds": self.seconds, **means}
 
@@ -407,7 +402,7 @@ class _Run:
         """The epoch's mean of each log over steps, of all processes: the one place that waits for a GPU."""
         totals = torch.stack(list(self.sums.values())).tolist() if self.sums else []
         mine = {k: (total, float(self.weights[k])) for k, total in zip(self.sums, totals, strict=True)}
-        everyone, means = self._gather(mine), {}
+        everyone, means = self.gather(mine), {}
         for name in dict.fromkeys(name for sums in everyone for name in sums):
             parts = [sums[name] for sums in everyone if name in sums]
             means[name] = sum(total for total, _ in parts) / sum(weight for _, weight in parts)
@@ -425,7 +420,7 @@ class _Run:
         finally:
             for module, training in modes:
                 module.training = training
-        metrics = self._gather(metrics)[0]
+        metrics = self.gather(metrics)[0]
         if clash := sorted(set(taken) & set(metrics)):
             raise ValueError(f"evaluate returned {clash}, taken by training; say val_{clash[0]} or the like")
         if self.monitor and self.monitor not in metrics:
@@ -445,7 +440,7 @@ class _Run:
         if self.keep == "best":
             self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
 
-    def _gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         """The value of every process, the main one's first."""
         if self.accelerator.num_processes == 1:
             return [value]
@@ -453,94 +448,12 @@ class _Run:
 
         return gather_object([value])
 
-    def _tick(self) -> None:
+    def checkpoint_due(self) -> bool:
+        return self.gather(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)[0]
+
+    def tick(self) -> None:
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
-
-    # --- checkpoints ---
-
-    def _checkpoint_due(self) -> bool:
-        return self._gather(time.perf_counter() - self.saved_at >= CHECKPOINT_SECONDS)[0]
-
-    def _progress(self) -> dict[str, Any]:
-        names = ("epoch", "step", "history", "best", "since_best", "seconds", "settings")
-        return {name: getattr(self, name) for name in names}
-
-    def save_checkpoint(self) -> None:
-        """Write one file with all that the rest of the run depends on."""
-        self._tick()
-        mine = {
-            "random": _random_state(),
-            "sums": {name: total.tolist() for name, total in self.sums.items()},
-            "weights": {name: float(weight) for name, weight in self.weights.items()},
-        }
-        everyone = self._gather(mine)
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state, plain = _flatten(self.optimizer.state_dict())
-            tensors = _named("model", self.model.state_dict()) | _named("best", self.best_weights)
-            meta = {"optimizer": plain, "processes": everyone, "scaler": scaler and scaler.state_dict()}
-            path = self.folder / CHECKPOINT
-            files.write_tensors(path, tensors | _named("optimizer", state), {**self._progress(), **meta})
-        self.saved_at = time.perf_counter()
-
-    def load_checkpoint(self) -> None:
-        """Go on from the checkpoint, if there is one."""
-        if (found := self._read(CHECKPOINT)) is None:
-            return
-        tensors, meta = found
-        self._take_up(tensors, meta)
-        self.best_weights = {k: v.to(self.device) for k, v in _under("best", tensors).items()}
-        self.optimizer.load_state_dict(_unflatten(_under("optimizer", tensors), meta["optimizer"]))
-        if meta["scaler"]:
-            self.accelerator.scaler.load_state_dict(meta["scaler"])
-        mine = meta["processes"][self.accelerator.process_index]
-        self.sums = {k: self._zero() + v for k, v in mine["sums"].items()}
-        self.weights = mine["weights"]
-        _set_random_state(mine["random"])
-
-    def load_finished(self) -> bool:
-        """Take up the finished run, if there is one."""
-        if (found := self._read(FINISHED)) is None:
-            return False
-        self._take_up(*found)
-        return True
-
-    def _take_up(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        self.model.load_state_dict(_under("model", tensors))
-        for name in ("epoch", "step", "history", "best", "since_best", "seconds"):
-            setattr(self, name, meta[name])
-        self.resumed = True
-
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The stored file, or None; refused if another run wrote it."""
-        if self.folder is None or not (self.folder / name).exists():
-            return None
-        tensors, meta = files.read_tensors(self.folder / name)
-        differ = [key for key, value in self.settings.items() if meta["settings"].get(key) != value]
-        stored = {k: tuple(v.shape) for k, v in _under("model", tensors).items()}
-        if stored != {k: tuple(v.shape) for k, v in self.model.state_dict().items()}:
-            differ.append("model (names or shapes of its weights)")
-        if differ:
-            raise ValueError(
-                f"{self.folder / name} is of another run: {', '.join(differ)} differ. "
-                "Give this run another folder, or delete that file to start anew"
-            )
-        return tensors, meta
-
-    def _settings(self) -> dict[str, Any]:
-        """What must be equal for a stored run to be this run."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        same = ("epochs", "monitor", "mode", "keep", "patience", "clip", "accumulate", "eval_every", "seed")
-        settings = {
-            **{name: getattr(self, name) for name in same},
-            "batches an epoch": len(self.batches),
-            "batches": getattr(self.batches, "fingerprint", None),
-            "optimizer": [type(self.optimizer).__name__, groups],
-            "processes": self.accelerator.num_processes,
-            "precision": self.accelerator.mixed_precision,
-        }
-        return json.loads(json.dumps(settings, default=str))  # as it will look when read back
 
     # --- before anything runs ---
 
@@ -573,13 +486,13 @@ class _Run:
     def rehearse(self) -> Fit:
         """Two steps on a few rows and one evaluation; what was measured goes to :mod:`kdlib.rehearsal`."""
         batches = list(itertools.islice(self.batches.epoch(0), 2))
-        rows, parts = max(map(_rows, batches)), self.accumulate * self.accelerator.num_processes
-        few = _head(batches[0], rehearsal.ROWS)
+        rows, parts = max(map(n_rows, batches)), self.accumulate * self.accelerator.num_processes
+        few = between(batches[0], 0, rehearsal.ROWS)
         self.accumulate, planned = 1, self.accumulate  # measured on one micro-batch
         cost = rehearsal.measure(self.model, self.optimizer, lambda: self.train_step(few))
         self.accumulate = planned
-        self.train_step(_head(batches[-1], rehearsal.ROWS * parts))
-        grow = rows / _rows(few)
+        self.train_step(between(batches[-1], 0, rehearsal.ROWS * parts))
+        grow = rows / n_rows(few)
         rehearsal.record(
             "/".join(self.folder.parts[-2:]) if self.folder else type(self.model).__name__,
             parameters=sum(p.numel() for p in self.model.parameters()),
@@ -598,58 +511,10 @@ class _Run:
 # --- small helpers -----------------------------------------------------------------------------------------
 
 
-class _FixedBatches:
-    """A list of batches in the same order every epoch."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return (self.batches[index] for index in range(start, len(self.batches)))
-
-
-def _as_batches(batches: Any) -> Any:
-    if hasattr(batches, "epoch"):
-        return batches
-    if hasattr(batches, "__len__") and hasattr(batches, "__getitem__"):
-        return _FixedBatches(batches)
-    raise ValueError(
-        f"batches is a {type(batches).__name__}; fit() takes what a data set's batches(...) returns, or a "
-        "list of dicts: it must be able to start in the middle of an epoch, which a DataLoader cannot"
-    )
-
-
 def _accelerator() -> Accelerator:
     from accelerate import Accelerator
 
     return Accelerator(mixed_precision=scale.precision(), cpu=scale.device().type == "cpu")
-
-
-def _rows(batch: Batch) -> int:
-    if "id" in batch:
-        return len(batch["id"])
-    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-
-
-def _cut(batch: Batch, index: int, count: int) -> Batch:
-    """Part ``index`` of ``count`` of a batch's rows; what has no rows (a number, a setting) stays whole."""
-    rows = _rows(batch)
-    return _slice(batch, rows, rows * index // count, rows * (index + 1) // count)
-
-
-def _head(batch: Batch, rows: int) -> Batch:
-    return _slice(batch, _rows(batch), 0, rows)
-
-
-def _slice(batch: Batch, rows: int, start: int, stop: int) -> Batch:
-    def cut(value: Any) -> Any:
-        listed = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 0)
-        return value[start:stop] if listed and len(value) == rows else value
-
-    return {name: cut(value) for name, value in batch.items()}
 
 
 def _broadcast(tensors: dict[str, Tensor]) -> None:
@@ -665,50 +530,3 @@ def _bar(run: _Run, progress: bool | None) -> Any:
     shown = os.environ.get("KDLIB_WORKER") != "1" if progress is None else progress
     shown = shown and run.accelerator.is_main_process
     return tqdm(total=run.total_steps, initial=run.step, unit="step", leave=False, disable=not shown)
-
-
-def _named(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    start = prefix + "/"
-    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
-
-
-def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as named tensors, and the plain rest."""
-    tensors, plain = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else plain)[f"{index}/{name}"] = value
-    return tensors, {"groups": state["param_groups"], "state": plain}
-
-
-def _unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **plain["state"]}.items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": plain["groups"]}
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of every generator that a loss may draw from, as JSON."""
-    numpy = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [numpy[0], numpy[1].tolist(), *numpy[2:]],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state().tolist() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8))

@@ -96,3 +96,58 @@ def test_the_student_keeps_its_mode():
     before = {k: v.clone() for k, v in student.state_dict().items()}
     report(student=student)
     assert student.training and all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+
+
+class Bag(nn.Module):
+    """Mean of word vectors; notes whether it was run."""
+
+    def __init__(self, words):
+        super().__init__()
+        self.words, self.head, self.asked = nn.Embedding(words, 4), nn.Linear(4, 2), False
+
+    def forward(self, input_ids, attention_mask):
+        self.asked = True
+        return self.head(self.words(input_ids).mean(1))
+
+
+@pytest.mark.parametrize("teacher_words, student_words, who", [(10, 20, "the teacher"), (20, 10, "the student")])
+def test_a_model_is_not_run_on_ids_outside_its_vocabulary(teacher_words, student_words, who):
+    teacher, student, ids = Bag(teacher_words), Bag(student_words), torch.full((4, 3), 12)
+    wrapped = kd.Teacher(teacher, name="t", inputs=lambda b: {k: b[k] for k in ("input_ids", "attention_mask")})
+    text = {"input_ids": ids, "attention_mask": ids, "y": torch.zeros(4, dtype=torch.int64), "id": torch.arange(4)}
+    found = kd.check_contract(wrapped, student, text)
+    assert not found.ok and f"inside the vocabulary of {who} (10)" in str(found) and "the batch has id 12" in str(found)
+    assert (teacher.asked, student.asked) == (teacher_words > 12, student_words > 12)
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Oracle()
+
+    def forward(self, x):
+        return self.inner(x), x
+
+
+class Nothing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return None
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (lambda: report(Pair()), "answers a tuple"),
+        (lambda: report(student=Nothing()), "the student answers a NoneType"),
+        (lambda: report(nn.Bilinear(3, 3, 4)), "TypeError"),
+        (lambda: report(data={**batch(), "y": batch()["y"] - 100}), "label -100 does not exist"),
+    ],
+)
+def test_whatever_a_stranger_raises_is_a_finding(broken, said):
+    found = broken()
+    assert not found.ok and said in str(found), str(found)
+    assert "inputs look normalised" in str(found)  # the report went on

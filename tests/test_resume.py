@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from kdlib import files
-from kdlib.training import CHECKPOINT, FINISHED, cosine, fit
+from kdlib.checkpoints import CHECKPOINT, FINISHED
+from kdlib.training import cosine, fit
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL and the fork server are POSIX")
 

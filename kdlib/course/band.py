@@ -13,9 +13,13 @@ from kdlib import files
 from kdlib.course.chapters import Chapter, root
 from kdlib.course.execute import run
 
+LEAST = 0.03
+
 
 def record(chapter: Chapter, seeds: int) -> bool:
     """Run ``chapter`` at ``smoke`` from ``seeds`` first seeds and store mean ± 4 sd of each value.
+
+    A band is at least ± ``LEAST`` wide: another processor rounds differently, and a tuned rate may flip.
 
     Raises:
         ValueError: fewer than two seeds, which have no spread.
@@ -31,7 +35,7 @@ def record(chapter: Chapter, seeds: int) -> bool:
         values = pandas.read_json(log, lines=True)
     path = Path(os.environ.get("KDLIB_RESULTS") or root() / "results") / "smoke_bands.json"
     bands = files.read_json(path) if path.exists() else {}
-    middle, half = values.mean(), 4 * values.std()
+    middle, half = values.mean(), (4 * values.std()).clip(lower=LEAST)
     low, high = (middle - half) * 1e4, (middle + half) * 1e4  # rounded outwards: a spread of 0 must let its value in
     bands[chapter.name] = {k: [math.floor(low[k]) / 1e4, math.ceil(high[k]) / 1e4] for k in values}
     files.write_json(path, bands)

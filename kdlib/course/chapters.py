@@ -46,6 +46,17 @@ CHAPTERS = (
             Headline("capacity_gap", "test_accuracy", "labels only", "the same student, who teaches it (KD, T = 4)"),
         ),
     ),
+    Chapter(
+        "01", "01_annealing_kd", "Annealing-KD",
+        "Does a teacher that starts by whispering close the capacity gap, and is it the annealing that does it?",
+        {"smoke": "embedded digits and reviews, no download", "lab": f"{CIFAR}; GLUE and TREC, 15 MB; MiniLM, 90 MB",
+         "full": f"{CIFAR}, CIFAR-100, 169 MB; GLUE, 600 MB; BERT and RoBERTa, 3 GB"},
+        (
+            Headline("students", "test", "labels", "images: every method at the same budget"),
+            Headline("text sst2, BiLSTM", "test", "labels", "SST-2, BiLSTM student of a MiniLM teacher"),
+            Headline("text trec, BiLSTM", "test", "labels", "TREC (6 classes), BiLSTM student of a MiniLM teacher"),
+        ),
+    ),
 )  # fmt: skip
 
 

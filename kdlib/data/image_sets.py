@@ -151,6 +151,7 @@ class ImageBatches(Batches):
             pixels[mirrored] = pixels[mirrored].flip(2)
         if self.crop:
             pixels = _random_crop(pixels, self.crop, random)
+            view = torch.full_like(view, -1)  # no stored answer is about this picture
         return self.data._batch(rows, pixels, view)
 
 
