@@ -209,9 +209,9 @@ def note(line):
 def train(seed, folder, arm):
     before = (folder / "half").exists()
     worker = os.environ.get("KDLIB_WORKER")
-    note(f"{arm} {seed} {'resumed' if before else 'fresh'} {worker} {torch.get_num_threads()}")
     (folder / "half").write_text("half")
-    time.sleep(0.3)
+    note(f"{arm} {seed} {'resumed' if before else 'fresh'} {worker} {torch.get_num_threads()}")
+    time.sleep(0.6)
     if arm == "b" and (log / "deadly").exists():
         os.kill(os.getpid(), signal.SIGKILL)
     return kd.Outcome({"value": float(seed) + HELP}, model=torch.nn.Linear(1, 1))
