@@ -11,8 +11,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "contract", "data", "exercises", "files", "fingerprint", "footprint", "losses", "metrics",
-    "models", "plots", "rehearsal", "runs", "scale", "scoreboard", "teacher", "training",
+    "contract", "data", "decoding", "exercises", "files", "fingerprint", "footprint", "losses", "metrics",
+    "models", "plots", "rehearsal", "runs", "scale", "scoreboard", "sequence_models", "teacher", "training",
 )  # fmt: skip
 _NAMES = {
     "scale": ("settings", "device", "environment", "rehearsing", "seed_everything"),

@@ -126,3 +126,57 @@ def test_predict_is_in_order_without_gradients_and_restores_every_mode():
     assert not out.requires_grad and [m.training for m in model] == [True, True, False]
     model.eval()
     assert torch.allclose(out, model(x), atol=1e-6)
+
+
+def test_bleu_by_hand():
+    pytest.importorskip("sacrebleu")
+    made, truth = "the cat sat on the red mat", "the cat sat on the mat"
+    precisions = [6 / 7, 4 / 6, 3 / 5, 2 / 4]  # 1- to 4-grams; no brevity penalty
+    assert metrics.bleu([made], [truth]) == pytest.approx(100 * math.prod(precisions) ** 0.25)
+    assert metrics.bleu([truth], [truth]) == pytest.approx(100)
+
+
+def test_bleu_is_of_the_corpus_and_not_a_mean_of_sentences():
+    pytest.importorskip("sacrebleu")
+    made, truth = ["a b c d e f", "g h i j"], ["a b c d e f", "g h x j"]
+    alone = [metrics.bleu([m], [t]) for m, t in zip(made, truth, strict=True)]
+    assert metrics.bleu(made, truth) != pytest.approx(np.mean(alone), abs=1)
+
+
+def test_bleu_may_ignore_case_and_names_its_settings():
+    pytest.importorskip("sacrebleu")
+    made, truth = ["The Cat sat on the mat"], ["the cat sat on THE mat"]
+    assert metrics.bleu(made, truth) < 50 and metrics.bleu(made, truth, lowercase=True) == pytest.approx(100)
+    assert "case:mixed" in metrics.bleu_signature() and "tok:13a" in metrics.bleu_signature()
+    assert "case:lc" in metrics.bleu_signature(True) and "nrefs:1" in metrics.bleu_signature(True)
+
+
+@pytest.mark.parametrize("made", ["", "...", "x"])
+def test_texts_without_a_word_in_common_score_nothing(made):
+    """As a rehearsal's untrained models write them."""
+    pytest.importorskip("sacrebleu"), pytest.importorskip("rouge_score")
+    truth = ["a house by the river"] * 3
+    assert metrics.bleu([made] * 3, truth) == 0 and metrics.chrf([made] * 3, truth) == 0
+    assert metrics.rouge([made] * 3, truth) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
+
+
+def test_chrf_orders_by_characters_in_common():
+    pytest.importorskip("sacrebleu")
+    scores = [metrics.chrf([made], ["distillation"]) for made in ("distillation", "distilling", "teacher")]
+    assert scores[0] == pytest.approx(100) and scores == sorted(scores, reverse=True)
+
+
+def test_rouge_by_hand():
+    pytest.importorskip("rouge_score")
+    scores = metrics.rouge(["the cat sat", "b a"], ["the cat ran home", "a b"])
+    f = lambda hits, made, truth: 2 * hits / (made + truth)  # noqa: E731
+    assert scores["rouge1"] == pytest.approx(50 * (f(2, 3, 4) + 1))
+    assert scores["rouge2"] == pytest.approx(50 * (f(1, 2, 3) + 0))
+    assert scores["rougeL"] == pytest.approx(50 * (f(2, 3, 4) + f(1, 2, 2)))
+
+
+@pytest.mark.parametrize("name, package", [("bleu", "sacrebleu"), ("chrf", "sacrebleu"), ("rouge", "rouge_score")])
+def test_texts_that_do_not_pair_are_named(name, package):
+    pytest.importorskip(package)
+    with pytest.raises(ValueError, match="2 values against 1"):
+        getattr(metrics, name)(["a", "b"], ["a"])

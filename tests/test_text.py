@@ -358,3 +358,50 @@ def test_a_bag_of_words_does_not_solve_the_corpus(root, maker):
         model = LogisticRegression(C=0.3, max_iter=1000).fit(vectors.fit_transform(data.train.texts), data.train.labels)
         scores[words] = model.score(vectors.transform(data.test.texts), data.test.labels)
     assert 0.3 < scores[1] < 0.45 and scores[1] < scores[3] < 0.55 and best > 0.7
+
+
+# --- the embedded requests, and sets of domains ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def requests_maker():
+    path = Path(__file__).parents[1] / "data" / "make_toy_requests.py"
+    spec = importlib.util.spec_from_file_location("make_toy_requests", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_requests_are_what_their_generator_makes(requests_maker):
+    assert requests_maker.FILE.read_text(encoding="utf-8") == requests_maker.lines()
+    assert requests_maker.lines(seed=1) != requests_maker.lines()
+
+
+def test_intents_and_domains_of_the_requests_share_rows_and_ids():
+    intents, domains = kd.data.text("toy_requests"), kd.data.text("toy_domains")
+    assert [len(p) for p in (intents.train, intents.validation, intents.test)] == [2160, 360, 540]
+    assert len(intents.classes) == 18 and domains.classes == ["bank", "travel", "kitchen", "home", "work", "music"]
+    for part in ("train", "validation", "test"):
+        one, other = getattr(intents, part), getattr(domains, part)
+        assert one.texts == other.texts and torch.equal(one.ids, other.ids)
+        names = [intents.classes[y].split(":")[0] for y in one.labels.tolist()]
+        assert names == [domains.classes[y] for y in other.labels.tolist()]
+    texts = intents.train.texts + intents.validation.texts + intents.test.texts
+    assert len(set(texts)) == len(texts), "a text of one part stands in another, or twice"
+
+
+def test_clinc_by_domain_and_reviews_are_read_from_their_folders(tmp_path):
+    rows = [{"text": "book a flight", "label": "book_flight", "domain": "travel"}, {"text": "my balance", "label": "balance", "domain": "banking"}]  # fmt: skip
+    folder = tmp_path / "textcls" / "clinc150"
+    folder.mkdir(parents=True)
+    for part in ("train", "val", "test"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domains, intents = (kd.data.text(name, root=tmp_path) for name in ("clinc_domains", "clinc150"))
+    assert domains.classes == ["banking", "travel"] and domains.train.labels.tolist() == [1, 0]
+    assert intents.classes == ["balance", "book_flight"] and torch.equal(domains.train.ids, intents.train.ids)
+    folder = tmp_path / "textcls" / "airline_reviews"
+    folder.mkdir()
+    for part in ("train", "dev", "test"):
+        (folder / f"{part}.jsonl").write_text('{"label": 1, "text": "fine"}\n{"label": 0, "text": "late"}\n')
+    data = kd.data.text("airline_reviews", root=tmp_path)
+    assert data.classes == ["negative", "positive"] and data.train.labels.tolist() == [1, 0]

@@ -23,7 +23,7 @@ NEEDED = (
     "matplotlib",
     "joblib",
 )
-FOR_TEXT = ("transformers", "datasets", "tokenizers")
+FOR_TEXT = ("transformers", "datasets", "tokenizers", "sacrebleu", "rouge_score")
 FOR_RUNNING = ("nbclient", "nbformat", "ipykernel", "jupyterlab", "nbval", "pytest")
 SETS = (  # name, folders that hold it (any will do), which chapters want it at which scale, how it comes
     ("CIFAR-10", ("cifar10", "cifar-10-batches-py"), "00, 01 at lab and full", "the chapter downloads it, 170 MB"),
@@ -31,6 +31,8 @@ SETS = (  # name, folders that hold it (any will do), which chapters want it at 
     ("ready ResNets", ("weights_resnet_cifar10",), "00, 01 at lab", "by hand: data/README.md, under Models"),
     ("GLUE", ("glue",), "01 at lab and full", "the chapter asks the hub (or its cache) for it, 15 MB at lab"),
     ("TREC", ("textcls/trec",), "01 at lab", "by hand: data/README.md, under trec"),
+    ("Multi30k", ("multi30k",), "02 at lab", "the chapter asks the hub (or its cache) for it, 5 MB"),
+    ("AESLC", ("summarisation/aeslc",), "02 at lab", "the chapter asks the hub (or its cache) for it, 15 MB"),
 )
 ENCODERS = (
     ("sentence-transformers/all-MiniLM-L6-v2", "01 at lab"),

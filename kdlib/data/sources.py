@@ -6,6 +6,7 @@ import os
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from kdlib import files
 
@@ -54,6 +55,31 @@ def reachable(url: str) -> bool:
 def hub() -> str:
     """The address of the Hugging Face hub, or of the mirror in ``HF_ENDPOINT``."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def from_hub(name: str, part: str | None = None, revision: str | None = None) -> Any:
+    """The splits of a set of the hub, or of its local cache when the hub does not answer.
+
+    Raises:
+        OSError: it is in neither.
+    """
+    import datasets
+    import huggingface_hub
+
+    names, settings = [name, part] if part else [name], {"revision": revision} if revision else {}
+    if reachable(hub()):
+        return datasets.load_dataset(*names, **settings)
+    flags = (huggingface_hub.constants, datasets.config)
+    before = [flag.HF_HUB_OFFLINE for flag in flags]
+    try:
+        for flag in flags:  # or it would try again for half a minute before it looks into its cache
+            flag.HF_HUB_OFFLINE = True
+        return datasets.load_dataset(*names, **settings)
+    except ValueError as error:  # "Couldn't find cache"
+        raise OSError(str(error)) from error
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.HF_HUB_OFFLINE = value
 
 
 def missing(name: str, layout: str, remedy: str, folder: str | Path | None = None) -> FileNotFoundError:

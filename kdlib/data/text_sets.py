@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdlib import scale
 from kdlib.data import sources
-from kdlib.data.rows import FIRST_ID, STAND_IN, Batches, Rows, generator
+from kdlib.data.rows import FIRST_ID, STAND_IN, Batches, Ragged, Rows, generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -140,10 +140,10 @@ class TokenSet(Rows):
     def take(self, rows: Tensor | slice) -> TokenSet:
         """The rows asked for: row numbers, a boolean mask or a slice. Ids stay."""
         numbers = torch.arange(len(self))[rows]
-        where, mask = self._places(numbers)
+        tokens, kinds = (rows and rows.take(numbers) for rows in self._rows)
         return replace(
-            self, source=self.source.take(numbers), lengths=self.lengths[numbers], tokens=self.tokens[where[mask]],
-            kinds=None if self.kinds is None else self.kinds[where[mask]],
+            self, source=self.source.take(numbers), lengths=tokens.lengths, tokens=tokens.values,
+            kinds=kinds and kinds.values,
         )  # fmt: skip
 
     def batches(
@@ -180,24 +180,15 @@ class TokenSet(Rows):
         return replace(self, source=replace(self.source, stands_for=planned))
 
     @cached_property
-    def _starts(self) -> Tensor:
-        return self.lengths.cumsum(0) - self.lengths
-
-    def _places(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the tokens of ``rows`` are, [B, L], and which of these places are real."""
-        lengths = self.lengths[rows]
-        column = torch.arange(int(lengths.max()) if len(rows) else 0)
-        mask = column < lengths[:, None]
-        return torch.where(mask, self._starts[rows][:, None] + column, 0), mask
+    def _rows(self) -> tuple[Ragged, Ragged | None]:
+        return Ragged(self.lengths, self.tokens), None if self.kinds is None else Ragged(self.lengths, self.kinds)
 
     def _batch(self, rows: Tensor) -> dict[str, Any]:
-        where, mask = self._places(rows)
-        batch = {
-            "input_ids": torch.where(mask, self.tokens[where].long(), self.pad), "attention_mask": mask.long(),
-            "y": self.labels[rows], "id": self.ids[rows],
-        }  # fmt: skip
-        if self.kinds is not None:
-            batch["token_type_ids"] = torch.where(mask, self.kinds[where].long(), 0)
+        tokens, kinds = self._rows
+        ids, mask = tokens.padded(rows, self.pad)
+        batch = {"input_ids": ids, "attention_mask": mask.long(), "y": self.labels[rows], "id": self.ids[rows]}
+        if kinds is not None:
+            batch["token_type_ids"], _ = kinds.padded(rows, 0)
         return batch
 
 
@@ -284,20 +275,30 @@ GLUE = {
         (("train", ("train.tsv",)), ("validation", ("dev_matched.tsv",)), ("test", ("dev_mismatched.tsv",))),
     ),
 }  # fmt: skip
+_DEV = {"train": "train", "validation": "dev", "test": "test"}
 LINES = {  # jsonl sets under textcls/: files of each part, examples, words, classes
     "trec": ({"train": "train", "test": "test"}, 5_452, 10, 6),
     "clinc150": ({"train": "train", "validation": "val", "test": "test"}, 15_000, 8, 150),
     "ag_news": ({"train": "train_10k", "test": "test"}, 9_977, 38, 4),
+    "clinc_domains": ({"train": "train", "validation": "val", "test": "test"}, 15_000, 8, 10),
+    **{f"amazon_{part}": (_DEV, 1_360, 120, 2) for part in ("books", "dvd", "electronics", "kitchen")},
+    "airline_reviews": (_DEV, 1_398, 100, 2),
+    "yelp_sentences": ({"train": "train", "test": "test"}, 3_854, 10, 2),
 }
+DOMAINS = {"clinc_domains": "clinc150", "toy_domains": "toy_requests"}  # the same rows with their domain as label
+POLARITY = ("negative", "positive")  # of the labels 0 and 1
 
 
 def text(name: str, *, root: str | Path | None = None) -> TextData:
     """A text classification set by name.
 
-    ``toy_reviews`` is embedded. GLUE's ``sst2``, ``cola``, ``mrpc``, ``rte``, ``stsb``, ``qnli``, ``qqp`` and ``mnli``
+    ``toy_reviews``, ``toy_requests`` and ``toy_domains`` are embedded; the last two are the same requests with their
+    intent and with their domain as label, as are ``clinc150`` and ``clinc_domains``: rows and ids agree. GLUE's ``sst2``, ``cola``, ``mrpc``, ``rte``, ``stsb``, ``qnli``, ``qqp`` and ``mnli``
     (its mismatched part is ``test``) are read from GLUE's own files in ``<root>/glue/<folder>/``, else (``qqp``
-    always) from the hub (``nyu-mll/glue``); ``trec``, ``clinc150`` and ``ag_news`` from ``<root>/textcls/<name>/*.jsonl``, and where these
-    have no validation part, a tenth of the training part is it. ``root`` is ``KDLIB_DATA`` by default.
+    always) from the hub (``nyu-mll/glue``); ``trec``, ``clinc150``, ``ag_news`` and the review sets (``amazon_books``,
+    ``amazon_dvd``, ``amazon_electronics``, ``amazon_kitchen``, ``airline_reviews``, ``yelp_sentences``) from
+    ``<root>/textcls/<name>/*.jsonl``, and where these have no validation part, a tenth of the training part is it.
+    ``root`` is ``KDLIB_DATA`` by default.
 
     Raises:
         ValueError: no such set, or a line that cannot be read.
@@ -305,8 +306,10 @@ def text(name: str, *, root: str | Path | None = None) -> TextData:
     """
     if name == "toy_reviews":
         return _toy_reviews()
+    if name in ("toy_requests", "toy_domains"):
+        return _toy_requests(name)
     if name not in GLUE and name not in LINES:
-        known = ", ".join(["toy_reviews", *GLUE, *LINES])
+        known = ", ".join(["toy_reviews", "toy_requests", "toy_domains", *GLUE, *LINES])
         raise ValueError(f"no text set is called {name!r}; there are {known}")
     if scale.rehearsing():
         return _stand_in(name)
@@ -381,7 +384,7 @@ def _label(text: str, classes: Sequence[str]) -> int | float:
 
 def _glue_hub(name: str, task: Glue, root: str | Path | None) -> dict[str, Part]:
     try:
-        splits = _from_hub("nyu-mll/glue", name)
+        splits = sources.from_hub("nyu-mll/glue", name)
     except OSError as error:
         files = ", ".join(file for _, part in task.parts for file in part)
         instead = f", or put GLUE's {files} there (gluebenchmark.com/tasks)" if task.folder else ""
@@ -399,37 +402,18 @@ def _glue_hub(name: str, task: Glue, root: str | Path | None) -> dict[str, Part]
     return found
 
 
-def _from_hub(name: str, part: str) -> Any:
-    """A set of the hub, or of its local cache when the hub does not answer; OSError when it is in neither."""
-    import datasets
-    import huggingface_hub
-
-    if sources.reachable(sources.hub()):
-        return datasets.load_dataset(name, part)
-    flags = (huggingface_hub.constants, datasets.config)
-    before = [flag.HF_HUB_OFFLINE for flag in flags]
-    try:
-        for flag in flags:  # or it would try again for half a minute before it looks into its cache
-            flag.HF_HUB_OFFLINE = True
-        return datasets.load_dataset(name, part)
-    except ValueError as error:  # "Couldn't find cache"
-        raise OSError(str(error)) from error
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.HF_HUB_OFFLINE = value
-
-
 # --- jsonl, embedded, stand-ins --------------------------------------------------------------------------------
 
 
 def _lines(name: str, root: str | Path | None) -> TextData:
     parts, *_ = LINES[name]
-    folder = sources.local(f"textcls/{name}", root)
+    home = f"textcls/{DOMAINS.get(name, name)}"
+    folder = sources.local(home, root)
     if folder is None:
         files = ", ".join(f"{file}.jsonl" for file in parts.values())
         raise sources.missing(
             f"the text set {name!r}",
-            f"textcls/{name}",
+            home,
             f'Put {files} there, lines of {{"text": ..., "label": ...}}.',
             root,
         )
@@ -437,7 +421,7 @@ def _lines(name: str, root: str | Path | None) -> TextData:
 
 
 def _from_lines(name: str, paths: dict[str, Path]) -> TextData:
-    rows = {part: _jsonl(path) for part, path in paths.items()}
+    rows = {part: _relabelled(name, _jsonl(path)) for part, path in paths.items()}
     classes = sorted({row["label"] for row in rows["train"]})
     parts = {}
     for part, found in rows.items():
@@ -466,6 +450,13 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _relabelled(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with the label that ``name`` asks for: their domain, or words for 0 and 1."""
+    if name in DOMAINS:
+        return [{**row, "label": row["domain"]} for row in rows]
+    return [{**row, "label": POLARITY[row["label"]]} if row["label"] in (0, 1) else row for row in rows]
+
+
 def _index(label: str, classes: list[str], path: Path) -> int:
     if label not in classes:
         raise ValueError(
@@ -482,6 +473,16 @@ def _toy_reviews() -> TextData:
         parts[part] = ([row["text"] for row in found], [row["label"] - 1 for row in found])
     stars = ["1 star", *(f"{n} stars" for n in range(2, 6))]
     return _text_data("toy_reviews", parts, stars, "accuracy")
+
+
+def _toy_requests(name: str) -> TextData:
+    rows = _relabelled(name, _jsonl(sources.embedded("toy_requests.jsonl")))
+    classes = list(dict.fromkeys(row["label"] for row in rows))
+    parts: dict[str, Part] = {}
+    for part in FIRST_ID:
+        found = [row for row in rows if row["part"] == part]
+        parts[part] = ([row["text"] for row in found], [classes.index(row["label"]) for row in found])
+    return _text_data(name, parts, classes, "accuracy")
 
 
 def _stand_in(name: str) -> TextData:
