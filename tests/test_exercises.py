@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kdlib import exercises
 
-CHAPTERS = ["00", "01"]
+CHAPTERS = ["00", "01", "02", "03"]
 ALL = [e for chapter in CHAPTERS for e in exercises.exercises(chapter).values()]
 BANK = [(e, wrong, hint) for e in ALL for wrong, hint in e.wrong]
 

@@ -57,6 +57,29 @@ CHAPTERS = (
             Headline("text trec, BiLSTM", "test", "labels", "TREC (6 classes), BiLSTM student of a MiniLM teacher"),
         ),
     ),
+    Chapter(
+        "02", "02_imitation_kd", "ImitKD",
+        "Should a student that writes learn from its own prefixes, and is it the prefixes or the teacher's targets that help?",
+        {"smoke": "embedded parallel sentences and headlines, no download", "lab": "Multi30k, 5 MB; AESLC, 15 MB",
+         "full": "IWSLT14, 20 MB; WMT16, 1.7 GB; CNN/DM, 600 MB"},
+        (
+            Headline("students", "score", "vanilla", "Multi30k de→en (BLEU): every method at the same number of updates"),
+            Headline("students", "runaway", "vanilla", "the same students: outputs that never end (%)"),
+            Headline("task aeslc", "score", "vanilla", "AESLC e-mail subjects (ROUGE-1)"),
+        ),
+    ),
+    Chapter(
+        "03", "03_reinforced_teacher_selection", "Reinforced multi-teacher selection",
+        "Does a policy that chooses teachers for every example beat the plain mean, random subsets and one-line weights?",
+        {"smoke": "embedded requests and reviews, no download",
+         "lab": "CLINC150, TREC, reviews and GLUE, 20 MB; MiniLM, 90 MB",
+         "full": "CLINC150; GLUE, 600 MB; BERT, RoBERTa, ALBERT and XLNet, 2 GB"},
+        (
+            Headline("domains", "test", "uniform mean", "ten domains, five teachers that know four each"),
+            Headline("few_labels", "test", "uniform mean", "the same, 300 of 3,000 texts labelled"),
+            Headline("families", "test", "uniform mean", "150 intents, five families of teachers"),
+        ),
+    ),
 )  # fmt: skip
 
 
