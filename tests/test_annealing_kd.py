@@ -133,7 +133,7 @@ def test_phase_one_target_is_exactly_phi_z(nb, phi, classes, rows):
     loss = nb.annealing_loss(z, teacher_logits, phi)
     loss.backward()
     by_hand = sum(
-        (float(z[n, c]) - phi * float(teacher_logits[n, c])) ** 2 for n in range(rows) for c in range(classes)
+        (float(z[n, c].detach()) - phi * float(teacher_logits[n, c])) ** 2 for n in range(rows) for c in range(classes)
     )
     assert float(loss) == pytest.approx(by_hand / rows / classes, rel=1e-4, abs=1e-6)
     assert torch.allclose(z.grad, 2 / (rows * classes) * (z.detach() - phi * teacher_logits), atol=1e-6)
@@ -195,21 +195,21 @@ def test_scratch_and_method_get_equal_updates(nb, task, tmp_path):
 
 def test_constant_phi_equals_annealing_with_one_stage(nb, task, tmp_path):
     """tau_max = 1 has the single stage phi = 1: the control must be the very same run."""
-    one = train(
-        nb,
-        task,
-        tmp_path / "a",
-        teachers=[Counting()],
-        phases=[partial(nb.annealing_objective, tau_max=1), nb.label_objective],
-    )
-    two = train(
-        nb,
-        task,
-        tmp_path / "b",
-        teachers=[Counting()],
-        phases=[partial(nb.annealing_objective, constant=1.0), nb.label_objective],
-    )
-    assert torch.equal(flat(one.model), flat(two.model))
+    students = []
+    for number, schedule in enumerate((dict(tau_max=1), dict(constant=1.0))):
+        phases = [partial(nb.annealing_objective, **schedule), nb.label_objective]
+        students.append(train(nb, task, tmp_path / str(number), teachers=[Counting()], phases=phases).model)
+    assert torch.equal(flat(students[0]), flat(students[1]))
+
+
+def test_a_warm_up_of_phase_one_leaves_phase_two_alone(nb, task, tmp_path):
+    rates = {}
+    for schedule in ("cosine", "warm-up", "constant", "linear"):
+        outcome = train(nb, task, tmp_path / schedule, phases=[nb.label_objective] * 2, schedule=schedule)
+        for phase in (1, 2):
+            rates[schedule, phase] = [row["lr"] for row in outcome.history if row["phase"] == phase]
+    assert rates["warm-up", 2] == rates["constant", 2] == rates["cosine", 2] != rates["linear", 2]
+    assert len({tuple(rates[schedule, 1]) for schedule in ("cosine", "warm-up", "constant", "linear")}) == 4
 
 
 def test_the_best_not_the_last_checkpoint_starts_phase_two(nb, task, tmp_path):
@@ -266,6 +266,26 @@ def test_tuning_scores_every_finishing_rate_from_one_phase_one(nb, task, tmp_pat
     assert teacher.calls == 4 * 3
     whole = train(nb, task, tmp_path / "whole", teachers=[teacher], phases=phases, rates=(0.1, 0.01))
     assert outcome.metrics["0.01"] == whole.metrics["validation 2"]  # tuning and training are one computation
+
+
+@pytest.mark.parametrize(
+    ("scores", "next_pairs"),
+    [
+        ({(0.03, 0.1): 1, (0.1, 0.1): 3, (0.3, 0.1): 2}, [(0.1, 0.033), (0.1, 0.3)]),  # one finishing rate: both sides
+        ({(0.03, 0.02): 3, (0.1, 0.02): 2, (0.03, 0.1): 1, (0.1, 0.1): 1}, [(0.01, 0.02), (0.03, 0.0067)]),
+        ({(r, f): r == 0.3 and f == 0.1 for r in (0.1, 0.3) for f in (0.02, 0.1)}, [(0.9, 0.1), (0.3, 0.3)]),
+        ({(r, f): r == 0.1 and f == 0.1 for r in (0.03, 0.1, 0.3) for f in (0.02, 0.1, 0.3)}, []),  # best inside
+    ],
+)
+def test_a_best_rate_at_the_edge_widens_the_grid_there(nb, scores, next_pairs):
+    assert nb.beyond(scores) == next_pairs
+
+
+def test_a_diverged_rate_is_never_best(nb):
+    scores = {(0.1, 0.1): 0.2, (0.3, 0.1): math.nan, (0.9, 0.1): math.nan}
+    assert (0.03, 0.1) not in nb.beyond(scores) and (0.033, 0.1) in nb.beyond(scores)
+    only = nb.beyond({(0.1, 0.1): math.nan, (0.3, 0.1): math.nan})
+    assert (0.033, 0.1) in only  # all diverged: try a lower one
 
 
 # --- rivals ------------------------------------------------------------------------------------------------
@@ -327,3 +347,23 @@ def test_padding_never_reaches_the_lstm(nb):
         torch.cat([mask, torch.zeros(2, 4, dtype=torch.long)], 1),
     )
     assert torch.allclose(model(ids, mask), model(*padded), atol=1e-6)
+
+
+def test_pairs_hand_their_token_types_on_and_single_texts_have_none(nb):
+    """The two texts of a pair reach an encoder with their types; a model of words takes them and needs none."""
+    seen = {}
+
+    def encoder(**inputs):
+        seen.update(inputs)
+        return torch.zeros(2, 3)
+
+    ids = torch.randint(3, 50, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "y": torch.zeros(2), "id": torch.arange(2)}
+    nb.logits_of(encoder, batch)
+    assert set(seen) == {"input_ids", "attention_mask"}
+    nb.logits_of(encoder, batch | {"token_type_ids": torch.ones_like(ids)})
+    assert set(seen) == {"input_ids", "attention_mask", "token_type_ids"}
+    torch.manual_seed(0)
+    words = nb.BiLSTM(50, 8, 3).eval()
+    with_types = nb.logits_of(words, batch | {"token_type_ids": torch.ones_like(ids)})
+    assert torch.equal(with_types, nb.logits_of(words, batch))
