@@ -791,7 +791,7 @@ def test_a_checkpoint_in_mid_group_is_refused_on_resuming(nb, task, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fit(stop_at=4)
-    with pytest.raises(ValueError, match="leave checkpoint_every out"):
+    with pytest.raises(ValueError, match="without checkpoint_every"):
         fit()
 
 
@@ -943,6 +943,20 @@ def test_beta_outside_0_to_1_is_refused(nb, schedule):
 def test_an_unknown_schedule_is_refused(nb):
     with pytest.raises(ValueError, match="no schedule 'cosine'; there are exponential"):
         nb.beta_at(0.5, "cosine", 1.0)
+
+
+@pytest.mark.parametrize(
+    "schedule", [("linear", -0.2), ("linear", 1.5), ("constant", 1.5), ("constant", -0.1), ("exponential", 0.5)]
+)
+def test_beta_that_leaves_0_to_1_is_refused_before_training(nb, task, schedule):
+    with pytest.raises(ValueError, match="β is a probability"):
+        contexts(nb, None, task, beta=schedule)
+
+
+@pytest.mark.parametrize("group", [0, -1])
+def test_a_group_below_one_is_refused(nb, task, group):
+    with pytest.raises(ValueError, match=f"group is {group}"):
+        contexts(nb, None, task, group=group)
 
 
 # --- mutants -----------------------------------------------------------------------------------------------
