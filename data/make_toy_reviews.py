@@ -10,9 +10,10 @@ mixed review really has several plausible ratings; `soft` in the file holds the 
 from __future__ import annotations
 
 import json
-import random
 from math import erf, sqrt
 from pathlib import Path
+
+from draws import Writer
 
 SEED = 20_260
 PARTS = {"train": 2_300, "validation": 400, "test": 700}
@@ -67,20 +68,8 @@ OPENINGS = ("", "", "", "", "honestly , ", "in the end ")
 WRONG_STARS = 0.04  # of all reviews carry stars drawn blindly
 
 
-class Writer:
-    """Draws reviews; uses only ``random()``, whose stream Python keeps the same between versions."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def pick(self, options, weights=None):
-        weights = weights or [1.0] * len(options)
-        at = self.random.random() * sum(weights)
-        for option, weight in zip(options, weights, strict=True):
-            at -= weight
-            if at < 0:
-                return option
-        return options[-1]
+class Reviews(Writer):
+    """Draws reviews."""
 
     def opinion(self) -> tuple[str, float]:
         strength = self.pick((2, 1, -1, -2))
@@ -89,8 +78,8 @@ class Writer:
         return degree + self.pick(words, [rank**-1.4 for rank in range(1, len(words) + 1)]), strength * factor
 
     def clause(self, kind: str) -> tuple[str, float]:
-        if self.random.random() < 0.12:  # a word that is praise for one thing and blame for another
-            better = self.random.random() < 0.5
+        if self.chance(0.12):  # a word that is praise for one thing and blame for another
+            better = self.chance(0.5)
             aspect = (MORE_IS_BETTER if better else LESS_IS_BETTER)[kind]
             word = self.pick(list(AMOUNTS))
             value = AMOUNTS[word] if better else -AMOUNTS[word]
@@ -105,7 +94,7 @@ class Writer:
         kind = self.pick(list(ASPECTS))
         opening = self.pick(OPENINGS)
         one, value = self.clause(kind)
-        if self.random.random() < 0.5:
+        if self.chance(0.5):
             return opening + one, value, 0.25
         two, second = self.clause(kind)
         join, weight_one, weight_two, _ = self.pick(JOINS, [join[3] for join in JOINS])
@@ -133,7 +122,7 @@ def percent(shares: list[float]) -> list[int]:
 
 def reviews(seed: int = SEED) -> list[dict]:
     """All parts' reviews; no text occurs twice."""
-    writer, seen, rows = Writer(seed), set(), []
+    writer, seen, rows = Reviews(seed), set(), []
     for part, count in PARTS.items():
         made = 0
         while made < count:

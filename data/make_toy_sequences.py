@@ -11,9 +11,10 @@ or four such sentences in the target language; its headline tells the one that i
 from __future__ import annotations
 
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
+
+from draws import Writer
 
 SEED = 20_261
 FOLDER = Path(__file__).parent
@@ -91,24 +92,8 @@ def conjugate(verb: str, tense: str, plural: bool) -> list[str]:
     return [verb[:-1] + "ies" if verb.endswith("ry") else verb + "s"]
 
 
-class Writer:
-    """Draws sentences; uses only ``random()``, whose stream Python keeps the same between versions."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def pick(self, options, weights=None):
-        options = list(options)
-        weights = weights or [1.0] * len(options)
-        at = self.random.random() * sum(weights)
-        for option, weight in zip(options, weights, strict=True):
-            at -= weight
-            if at < 0:
-                return option
-        return options[-1]
+class Sentences(Writer):
+    """Draws sentences."""
 
     def say(self, translations: str) -> str:
         """One of the words that mean the same."""
@@ -201,7 +186,7 @@ class Writer:
 
 def pairs(name: str, seed: int = SEED) -> list[dict]:
     """All parts' rows; no source occurs twice."""
-    writer, seen, rows = Writer(seed), set(), []
+    writer, seen, rows = Sentences(seed), set(), []
     draw = writer.sentence if name == "toy_translation" else writer.story
     for part, count in PARTS[name].items():
         made = 0

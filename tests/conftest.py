@@ -35,3 +35,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder of real data, and no hub."""
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    monkeypatch.setenv("KDLIB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    return tmp_path

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import make_toy_sequences
 import pytest
 import torch
+from corpora import write
 
 import kdlib as kd
-from kdlib.data.rows import FIRST_ID, Ragged
+from kdlib.data.rows import FIRST_ID
 from kdlib.data.sequence_sets import CORPORA, PARTS, SequenceSet, encoded_mail
+from kdlib.data.tokens import Ragged
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lamda mu".split()
 PAD, BOS, EOS, UNK = range(4)
@@ -35,19 +36,6 @@ def toy(n=60) -> SequenceSet:
 def tokenizer():
     """Every word is one token."""
     return kd.data.train_subwords([" ".join(WORDS)] * 9, 200)
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
-    monkeypatch.setenv("KDLIB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path
-
-
-def write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode())
 
 
 def write_parts(folder: Path, corpus, sides: dict[str, str] | str) -> None:
@@ -351,19 +339,10 @@ def test_every_set_has_a_stand_in_for_a_rehearsal(root, monkeypatch, tokenizer, 
 # --- the embedded corpora ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def maker():
-    path = Path(__file__).parents[1] / "data" / "make_toy_sequences.py"
-    spec = importlib.util.spec_from_file_location("make_toy_sequences", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name, rows", [("toy_translation", [2000, 200, 300]), ("toy_headlines", [800, 100, 150])])
-def test_the_corpora_are_what_their_generator_makes(maker, root, name, rows):
-    file = maker.FOLDER / f"{name}.jsonl"
-    assert file.read_text(encoding="utf-8") == maker.lines(name) != maker.lines(name, seed=1)
+def test_the_corpora_are_what_their_generator_makes(root, name, rows):
+    file = make_toy_sequences.FOLDER / f"{name}.jsonl"
+    assert file.read_text(encoding="utf-8") == make_toy_sequences.lines(name) != make_toy_sequences.lines(name, seed=1)
     assert file.stat().st_size <= 400_000
     data = kd.data.sequences(name)
     parts = [data.train, data.validation, data.test]
@@ -377,12 +356,12 @@ def test_the_language_is_long_enough_for_errors_to_compound(root):
     assert min(lengths) >= 4 and max(lengths) == 25 and sum(lengths) / len(lengths) > 12
 
 
-def test_one_source_word_has_several_translations_and_one_sense_in_each_context(maker):
+def test_one_source_word_has_several_translations_and_one_sense_in_each_context():
     """``pelo`` is a letter when read and a leaf when dropped: its verb decides."""
-    rows = maker.pairs("toy_translation")
+    rows = make_toy_sequences.pairs("toy_translation")
     senses = defaultdict(Counter)
     for row in rows:
-        for of, verbs in maker.VERBS.items():
+        for of, verbs in make_toy_sequences.VERBS.items():
             for verb in verbs:
                 if re.search(rf"\bpelo\b[a-z ]* wo {verb}\b", row["source"]) and row["source"].count(" wo ") == 1:
                     senses[of] += Counter(re.findall(r"\b(letters?|leaf|leaves)\b", row["target"]))
@@ -392,12 +371,14 @@ def test_one_source_word_has_several_translations_and_one_sense_in_each_context(
     assert houses["house"] + houses["houses"] > houses["home"] + houses["homes"] > 50
 
 
-def test_verbs_stand_last_in_the_source_and_agree_at_a_distance_in_the_target(maker):
+def test_verbs_stand_last_in_the_source_and_agree_at_a_distance_in_the_target():
     """In front of a fronted subject too: ``today sees the dog ...``, ``today see the dogs ...``."""
-    plain = [row for row in maker.pairs("toy_translation") if row["source"].count(" ga ") == 1]
+    plain = [row for row in make_toy_sequences.pairs("toy_translation") if row["source"].count(" ga ") == 1]
     assert all(re.search(r" wo [a-z]+( ri| so)?\.$", row["source"]) for row in plain)
-    verbs = "|".join(word for of in maker.VERBS.values() for words in of.values() for word in words.split())
-    present = [row for row in plain if row["source"].split()[0] in maker.TIMES["present"]]
+    verbs = "|".join(
+        word for of in make_toy_sequences.VERBS.values() for words in of.values() for word in words.split()
+    )
+    present = [row for row in plain if row["source"].split()[0] in make_toy_sequences.TIMES["present"]]
     inverted = 0
     for row in present:
         subject, _ = row["source"].split(" ga ")
@@ -408,9 +389,9 @@ def test_verbs_stand_last_in_the_source_and_agree_at_a_distance_in_the_target(ma
     assert 0.4 < inverted / len(present) < 0.8, "word order is a choice of the translator"
 
 
-def test_a_headline_tells_the_one_past_sentence(maker):
-    past = set(maker.PAST.values()) | {"noticed"}
-    for row in maker.pairs("toy_headlines"):
+def test_a_headline_tells_the_one_past_sentence():
+    past = set(make_toy_sequences.PAST.values()) | {"noticed"}
+    for row in make_toy_sequences.pairs("toy_headlines"):
         assert 3 <= len(row["target"].split()) <= 4
         sentences = [s for s in row["source"].split(". ") if row["target"].split()[-1] in s.rstrip(".")]
         assert sentences, row

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 from collections import Counter
-from pathlib import Path
 
+import make_toy_requests
+import make_toy_reviews
 import pytest
 import torch
+from corpora import write
 
 import kdlib as kd
 from kdlib.data.rows import FIRST_ID
@@ -34,19 +35,6 @@ def toy(n=60, pairs=False) -> TextSet:
 @pytest.fixture(scope="module")
 def tokenizer():
     return kd.data.train_tokenizer(WORDS * 2, 40)
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
-    monkeypatch.setenv("KDLIB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path
-
-
-def write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode())
 
 
 # --- GLUE's files ----------------------------------------------------------------------------------------------
@@ -214,7 +202,7 @@ def test_a_batch_is_what_the_tokenizer_makes_of_its_texts(tokenizer, pairs, kind
 
 def test_text_that_is_too_long_is_cut(tokenizer):
     tokens = toy().encode(tokenizer, 5)
-    assert tokens.lengths.max() == 5 and len(tokens.tokens) == tokens.lengths.sum()
+    assert tokens.lengths.max() == 5 and len(tokens.tokens.values) == tokens.lengths.sum()
 
 
 def test_text_batches_are_a_function_of_seed_and_epoch_and_start_anywhere(tokenizer):
@@ -301,18 +289,11 @@ def test_every_set_has_a_stand_in_for_a_rehearsal(root, monkeypatch, tokenizer, 
 # --- the embedded corpus -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def maker():
-    path = Path(__file__).parents[1] / "data" / "make_toy_reviews.py"
-    spec = importlib.util.spec_from_file_location("make_toy_reviews", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_corpus_is_what_its_generator_makes(maker):
-    assert maker.FILE.read_text(encoding="utf-8") == maker.lines()
-    assert maker.FILE.stat().st_size <= 400_000 and maker.lines(seed=1) != maker.lines()
+def test_the_corpus_is_what_its_generator_makes():
+    assert make_toy_reviews.FILE.read_text(encoding="utf-8") == make_toy_reviews.lines()
+    assert (
+        make_toy_reviews.FILE.stat().st_size <= 400_000 and make_toy_reviews.lines(seed=1) != make_toy_reviews.lines()
+    )
 
 
 def test_the_embedded_corpus_loads_without_a_network(root):
@@ -324,8 +305,8 @@ def test_the_embedded_corpus_loads_without_a_network(root):
     assert data.test.ids[0] == FIRST_ID["test"]
 
 
-def test_soft_labels_are_soft_where_reviews_are_mixed(maker):
-    rows = maker.reviews()
+def test_soft_labels_are_soft_where_reviews_are_mixed():
+    rows = make_toy_reviews.reviews()
     assert all(sum(row["soft"]) == 100 and len(row["soft"]) == 5 for row in rows)
     mixed = [max(row["soft"]) for row in rows if " but " in row["text"] or "although" in row["text"]]
     plain = [max(row["soft"]) for row in rows if not any(w in row["text"] for w in (" but ", "although", " and "))]
@@ -335,23 +316,23 @@ def test_soft_labels_are_soft_where_reviews_are_mixed(maker):
     assert abs(sum(right) / len(rows) - sum(max(row["soft"]) for row in rows) / len(rows) / 100) < 0.025
 
 
-def test_order_decides_where_the_words_are_the_same(maker):
+def test_order_decides_where_the_words_are_the_same():
     (great, good), (awful, bad) = ("the wine was great", 2.0), ("the soup was awful", -2.0)
-    for join, first, second, _ in maker.JOINS[1:]:
+    for join, first, second, _ in make_toy_reviews.JOINS[1:]:
         one, two = join.format(one=great, two=awful), join.format(one=awful, two=great)
         assert sorted(one.split()) == sorted(two.split())
         stars = [soft.index(max(soft)) for soft in (
-            maker.soft_stars(first * good + second * bad, 0.4), maker.soft_stars(first * bad + second * good, 0.4)
+            make_toy_reviews.soft_stars(first * good + second * bad, 0.4), make_toy_reviews.soft_stars(first * bad + second * good, 0.4)
         )]  # fmt: skip
         assert abs(stars[0] - stars[1]) >= 2, join
 
 
-def test_a_bag_of_words_does_not_solve_the_corpus(root, maker):
+def test_a_bag_of_words_does_not_solve_the_corpus(root):
     from sklearn.feature_extraction.text import CountVectorizer
     from sklearn.linear_model import LogisticRegression
 
     data = kd.data.text("toy_reviews")
-    best = sum(max(r["soft"]) for r in maker.reviews() if r["part"] == "test") / 70_000
+    best = sum(max(r["soft"]) for r in make_toy_reviews.reviews() if r["part"] == "test") / 70_000
     scores = {}
     for words in (1, 3):
         vectors = CountVectorizer(ngram_range=(1, words))
@@ -363,18 +344,9 @@ def test_a_bag_of_words_does_not_solve_the_corpus(root, maker):
 # --- the embedded requests, and sets of domains ------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def requests_maker():
-    path = Path(__file__).parents[1] / "data" / "make_toy_requests.py"
-    spec = importlib.util.spec_from_file_location("make_toy_requests", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_requests_are_what_their_generator_makes(requests_maker):
-    assert requests_maker.FILE.read_text(encoding="utf-8") == requests_maker.lines()
-    assert requests_maker.lines(seed=1) != requests_maker.lines()
+def test_the_requests_are_what_their_generator_makes():
+    assert make_toy_requests.FILE.read_text(encoding="utf-8") == make_toy_requests.lines()
+    assert make_toy_requests.lines(seed=1) != make_toy_requests.lines()
 
 
 def test_intents_and_domains_of_the_requests_share_rows_and_ids():

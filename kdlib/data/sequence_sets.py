@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kdlib import scale
 from kdlib.data import sources
-from kdlib.data.rows import FIRST_ID, STAND_IN, Ragged, Rows
-from kdlib.data.text_sets import TokenBatches
+from kdlib.data.rows import FIRST_ID, STAND_IN, Rows
+from kdlib.data.tokens import Ragged, TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -114,7 +114,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, repr=False)
-class SequenceTokens(Rows):
+class SequenceTokens(TokenRows):
     """A sequence set in tokens.
 
     Attributes:
@@ -140,21 +140,6 @@ class SequenceTokens(Rows):
         return f"SequenceTokens({self.name}: {self.planned:,} rows, {read:.1f} tokens to read, {write:.1f} to write)"
 
     @property
-    def name(self) -> str:
-        """That of the texts."""
-        return self.source.name
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [N], all 0, as those of :class:`SequenceSet`."""
-        return self.source.labels
-
-    @property
-    def ids(self) -> Tensor:
-        """int64 [N]."""
-        return self.source.ids
-
-    @property
     def lengths(self) -> Tensor:
         """int64 [N], tokens of each source with its EOS."""
         return self.inputs.lengths
@@ -163,11 +148,6 @@ class SequenceTokens(Rows):
     def target_lengths(self) -> Tensor:
         """int64 [N], tokens of each target with its EOS."""
         return self.outputs.lengths
-
-    @property
-    def stands_for(self) -> int | None:
-        """In a rehearsal, the number of real pairs that these few stand for."""
-        return self.source.stands_for
 
     @cached_property
     def fingerprint(self) -> str:
@@ -185,39 +165,12 @@ class SequenceTokens(Rows):
             self, source=self.source.take(numbers), inputs=self.inputs.take(numbers), outputs=self.outputs.take(numbers)
         )
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        by_length: bool = True,
-        drop_last: bool = False,
-    ) -> TokenBatches:
-        """Batches for ``kd.fit``, padded to their longest row.
-
-        A batch holds ``input_ids`` and ``attention_mask`` [B, Lx], ``labels`` [B, Ly] (-100 at padding),
-        ``decoder_input_ids`` [B, Ly] (BOS, then the labels without their last; PAD after) and ``id`` [B].
-
-        Args:
-            batch_size: rows in a batch.
-            seed: of the order, which is a function of seed and epoch alone.
-            shuffle: a new order every epoch.
-            by_length: sort every 50 batches' rows by the source's length before cutting them into batches; the
-                batches are shuffled again (without ``shuffle``, the longest batches come first).
-            drop_last: leave out an incomplete last batch.
-        """
-        return TokenBatches(self, batch_size, seed, shuffle, drop_last, by_length)
-
-    def view_batches(self, view: int = 0, batch_size: int = 256) -> Iterator[dict[str, Any]]:
-        """All rows in order; texts have only view 0."""
-        if view != 0:
-            raise ValueError(f"view is {view}; texts have only view 0 (as they are)")
-        for rows in torch.arange(len(self)).split(batch_size):
-            yield self.batch(rows)
-
     def batch(self, rows: Tensor) -> dict[str, Any]:
-        """One batch of the rows of these numbers, as :meth:`batches` makes it."""
+        """The rows of these numbers, padded to their longest.
+
+        ``input_ids`` and ``attention_mask`` [B, Lx], ``labels`` [B, Ly] (-100 at padding), ``decoder_input_ids``
+        [B, Ly] (BOS, then the labels without their last; PAD after) and ``id`` [B].
+        """
         read, real = self.inputs.padded(rows, self.pad)
         labels, written = self.outputs.padded(rows, IGNORED)
         shifted = torch.where(written, labels, self.pad).roll(1, dims=1)
@@ -226,11 +179,6 @@ class SequenceTokens(Rows):
             "input_ids": read, "attention_mask": real.long(), "labels": labels,
             "decoder_input_ids": torch.where(written, shifted, self.pad), "id": self.ids[rows],
         }  # fmt: skip
-
-    _batch = batch  # what TokenBatches calls
-
-    def _stand_for(self, planned: int) -> SequenceTokens:
-        return replace(self, source=replace(self.source, stands_for=planned))
 
 
 @dataclass(frozen=True)
@@ -372,8 +320,7 @@ def encoded_mail(text: str) -> bool:
 def _parallel(path: Path, source: str, target: str) -> Pairs:
     """The pairs of two files of lines, ``<path>.<source>`` and ``<path>.<target>``."""
     paths = [path.with_name(f"{path.name}.{language}") for language in (source, target)]
-    # only "\n" ends a line: other separators of Unicode stand within texts
-    lines = [_text(path).removesuffix("\n").split("\n") for path in paths]
+    lines = [sources.lines(path) for path in paths]
     if len(lines[0]) != len(lines[1]):
         raise ValueError(
             f"{paths[0]} has {len(lines[0]):,} lines and {paths[1].name} {len(lines[1]):,}, so they are no parallel "
@@ -382,28 +329,10 @@ def _parallel(path: Path, source: str, target: str) -> Pairs:
     return list(zip(*lines, strict=True))
 
 
-def _text(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; data/README.md has the layout of that folder")
-    return path.read_bytes().decode("utf-8-sig")
-
-
 def _jsonl(path: Path, source: str, target: str, **only: str) -> Pairs:
     """The pairs of ``<path>.jsonl``, of those lines whose fields are those of ``only``."""
-    path = path.with_name(f"{path.name}.jsonl")
-    pairs = []
-    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            pair = (row[source], row[target])
-            if not all(isinstance(text, str) for text in pair):
-                raise TypeError("a field is not text")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            message = f"{path}, line {number} is not a JSON object with the texts {source} and {target} ({error})"
-            raise ValueError(message) from error
-        if all(row.get(name) == value for name, value in only.items()):
-            pairs.append(pair)
-    return pairs
+    rows = sources.json_lines(path.with_name(f"{path.name}.jsonl"), {source: str, target: str})
+    return [(row[source], row[target]) for row in rows if all(row.get(name) == value for name, value in only.items())]
 
 
 def _hub(name: str, corpus: Corpus, root: str | Path | None) -> dict[str, Pairs]:

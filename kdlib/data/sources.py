@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import urllib.error
 import urllib.request
@@ -32,6 +33,42 @@ def embedded(name: str) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"{name} is neither at {places[0]} nor at {places[1]}; install kdlib again")
+
+
+def read_text(path: Path) -> str:
+    """What a file of a set holds; a byte-order mark is dropped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; data/README.md has the layout of that folder")
+    return path.read_bytes().decode("utf-8-sig")
+
+
+def lines(path: Path) -> list[str]:
+    """A file's lines. Only a newline ends one: other separators of Unicode stand within texts."""
+    return read_text(path).removesuffix("\n").split("\n")
+
+
+def json_lines(path: Path, fields: dict[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, each with ``fields`` of these types.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line that is something else; names it.
+    """
+    rows = []
+    for number, line in enumerate(lines(path), 1):
+        try:
+            row = json.loads(line)
+            if odd := [name for name, kind in fields.items() if not isinstance(row[name], kind)]:
+                raise TypeError(f"{odd[0]} is {row[odd[0]]!r}")
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            wanted = " and ".join(fields)
+            raise ValueError(f"{path}, line {number} is not a JSON object with {wanted} ({error})") from error
+        rows.append(row)
+    return rows
 
 
 def offline() -> bool:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from kdlib import scale
 from kdlib.data import sources
-from kdlib.data.rows import FIRST_ID, STAND_IN, Batches, Ragged, Rows, generator
+from kdlib.data.rows import FIRST_ID, STAND_IN, Rows
+from kdlib.data.tokens import Ragged, TokenRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-WINDOW = 50  # batches that are sorted by length together: more pads less, and shuffles less
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,35 +68,28 @@ class TextSet(Rows):
         """Tokenise, cutting off what is longer than ``max_length`` tokens (of a pair, from the longer text)."""
         columns = [list(column) for column in zip(*self.texts, strict=True)] if self.pairs else [self.texts]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-        lengths = torch.tensor([len(row) for row in encoded["input_ids"]])
         kinds = encoded.get("token_type_ids") if self.pairs else None
         return TokenSet(
-            source=self, lengths=lengths, tokens=_flat(encoded["input_ids"]),
-            kinds=None if kinds is None else _flat(kinds), pad=tokenizer.pad_token_id, vocabulary=len(tokenizer),
+            source=self, tokens=Ragged.of(encoded["input_ids"]), kinds=None if kinds is None else Ragged.of(kinds),
+            pad=tokenizer.pad_token_id, vocabulary=len(tokenizer),
         )  # fmt: skip
 
 
-def _flat(rows: list[list[int]]) -> Tensor:
-    return torch.tensor([token for row in rows for token in row], dtype=torch.int32)
-
-
 @dataclass(frozen=True, repr=False)
-class TokenSet(Rows):
+class TokenSet(TokenRows):
     """A text set in tokens; a row is as long as its text, and a batch as its longest row.
 
     Attributes:
         source: the texts.
-        lengths: int64 [N], tokens of each row.
-        tokens: int32 [sum of lengths], the rows one after the other.
-        kinds: int32, the tokens' types (0 in a pair's first text, 1 in its second), where the tokenizer has them.
+        tokens: of each row.
+        kinds: the tokens' types (0 in a pair's first text, 1 in its second), where the tokenizer has them.
         pad: the token that fills shorter rows.
         vocabulary: number of tokens known to the tokenizer.
     """
 
     source: TextSet
-    lengths: Tensor
-    tokens: Tensor
-    kinds: Tensor | None
+    tokens: Ragged
+    kinds: Ragged | None
     pad: int
     vocabulary: int
 
@@ -105,114 +97,37 @@ class TokenSet(Rows):
         return f"TokenSet({self.source.name}: {self.planned:,} rows, {self.lengths.float().mean():.1f} tokens each)"
 
     @property
-    def name(self) -> str:
-        """That of the texts."""
-        return self.source.name
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [N], or float32 [N] for scores."""
-        return self.source.labels
-
-    @property
-    def ids(self) -> Tensor:
-        """int64 [N]."""
-        return self.source.ids
+    def lengths(self) -> Tensor:
+        """int64 [N], tokens of each row."""
+        return self.tokens.lengths
 
     @property
     def classes(self) -> list[str]:
         """The class names, in the order of the labels."""
         return self.source.classes
 
-    @property
-    def stands_for(self) -> int | None:
-        """In a rehearsal, the number of real texts that these few stand for."""
-        return self.source.stands_for
-
     @cached_property
     def fingerprint(self) -> str:
         """A hash of tokens, labels and ids."""
         digest = hashlib.sha256(f"{self.source.fingerprint}:{self.pad}:{self.vocabulary}".encode())
-        for tensor in (self.lengths, self.tokens, self.kinds):
+        for tensor in (self.tokens.lengths, self.tokens.values, self.kinds and self.kinds.values):
             digest.update(b"-" if tensor is None else tensor.numpy().data)
         return digest.hexdigest()
 
     def take(self, rows: Tensor | slice) -> TokenSet:
         """The rows asked for: row numbers, a boolean mask or a slice. Ids stay."""
         numbers = torch.arange(len(self))[rows]
-        tokens, kinds = (rows and rows.take(numbers) for rows in self._rows)
-        return replace(
-            self, source=self.source.take(numbers), lengths=tokens.lengths, tokens=tokens.values,
-            kinds=kinds and kinds.values,
-        )  # fmt: skip
+        kinds = self.kinds and self.kinds.take(numbers)
+        return replace(self, source=self.source.take(numbers), tokens=self.tokens.take(numbers), kinds=kinds)
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        by_length: bool = True,
-        drop_last: bool = False,
-    ) -> TokenBatches:
-        """Batches ``{"input_ids", "attention_mask", "y", "id"}`` for ``kd.fit``, padded to their longest row.
-
-        Pairs also have ``token_type_ids`` where the tokenizer makes them.
-
-        Args:
-            batch_size: rows in a batch.
-            seed: of the order, which is a function of seed and epoch alone.
-            shuffle: a new order every epoch.
-            by_length: sort every 50 batches' rows by length before cutting them into batches; the batches are
-                shuffled again (without ``shuffle``, the longest batches come first).
-            drop_last: leave out an incomplete last batch.
-        """
-        return TokenBatches(self, batch_size, seed, shuffle, drop_last, by_length)
-
-    def view_batches(self, view: int = 0, batch_size: int = 256) -> Iterator[dict[str, Any]]:
-        """All rows in order; texts have only view 0."""
-        if view != 0:
-            raise ValueError(f"view is {view}; texts have only view 0 (as they are)")
-        for rows in torch.arange(len(self)).split(batch_size):
-            yield self._batch(rows)
-
-    def _stand_for(self, planned: int) -> TokenSet:
-        return replace(self, source=replace(self.source, stands_for=planned))
-
-    @cached_property
-    def _rows(self) -> tuple[Ragged, Ragged | None]:
-        return Ragged(self.lengths, self.tokens), None if self.kinds is None else Ragged(self.lengths, self.kinds)
-
-    def _batch(self, rows: Tensor) -> dict[str, Any]:
-        tokens, kinds = self._rows
-        ids, mask = tokens.padded(rows, self.pad)
+    def batch(self, rows: Tensor) -> dict[str, Any]:
+        """``input_ids`` and ``attention_mask`` [B, L], ``y`` and ``id`` [B]; pairs also have ``token_type_ids`` [B, L]
+        where the tokenizer makes them."""
+        ids, mask = self.tokens.padded(rows, self.pad)
         batch = {"input_ids": ids, "attention_mask": mask.long(), "y": self.labels[rows], "id": self.ids[rows]}
-        if kinds is not None:
-            batch["token_type_ids"], _ = kinds.padded(rows, 0)
+        if self.kinds is not None:
+            batch["token_type_ids"], _ = self.kinds.padded(rows, 0)
         return batch
-
-
-@dataclass(frozen=True)
-class TokenBatches(Batches):
-    """An epoch of batches at a time; see :meth:`TokenSet.batches`."""
-
-    by_length: bool
-
-    def plan(self, epoch: int) -> Sequence[Tensor]:
-        rows = self.order(epoch)
-        if not self.by_length:
-            return rows.split(self.batch_size)
-        plan: list[Tensor] = []
-        for window in rows.split(WINDOW * self.batch_size):
-            # Longest first: a batch too large for the memory fails at once, and the short batch is the cheapest.
-            plan += window[self.data.lengths[window].argsort(descending=True, stable=True)].split(self.batch_size)
-        plan = plan[: len(self)]
-        if not self.shuffle:
-            return plan
-        return [plan[number] for number in torch.randperm(len(plan), generator=generator("batches", self.seed, epoch))]
-
-    def batch(self, rows: Tensor, random: torch.Generator) -> dict[str, Any]:
-        return self.data._batch(rows)
 
 
 @dataclass(frozen=True)
@@ -437,17 +352,7 @@ def _from_lines(name: str, paths: dict[str, Path]) -> TextData:
 
 
 def _jsonl(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; data/README.md has the layout of that folder")
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-                rows[-1]["text"], rows[-1]["label"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is not a JSON object with text and label ({error})") from error
-    return rows
+    return sources.json_lines(path, {"text": str, "label": (str, int)})
 
 
 def _relabelled(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
