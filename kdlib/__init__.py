@@ -19,8 +19,8 @@ _NAMES = {
     "training": ("fit", "cosine", "linear", "constant", "steps_down"),
     "contract": ("check_contract",),
     "teacher": ("Teacher", "CachedTeacher", "cache_teacher"),
-    "runs": ("Outcome", "Runs", "run_grid"),
-    "scoreboard": ("compare", "in_band", "published", "write_results"),
+    "runs": ("Outcome", "Runs", "run_grid", "tune"),
+    "scoreboard": ("answer", "compare", "duels", "in_band", "published", "write_results"),
     "plots": ("show",),
 }
 _HOME = {name: room for room, names in _NAMES.items() for name in names}

@@ -7,6 +7,8 @@ import contextlib
 import copyreg
 import datetime
 import functools
+import gc
+import math
 import pickle
 import random
 import re
@@ -186,6 +188,64 @@ def run_grid(
     return Runs(found[task.key] or _load(task) for task in tasks)
 
 
+def tune(
+    name: str,
+    train: Callable[..., Outcome],
+    families: dict[str, list[dict[str, Any]]],
+    seeds: Sequence[int],
+    *,
+    metric: str = "validation",
+    **options: Any,
+) -> tuple[dict[str, dict[str, Any]], pandas.DataFrame]:
+    """The best settings of each family by its runs' mean ``metric``: a grid search in which all are treated alike.
+
+    Args:
+        name: of the grid in the store.
+        train: as for :func:`run_grid`.
+        families: candidate settings of each family; what differs between a family's candidates is what is tuned. Of
+            several that are equally good the first is chosen; a single one is not tried.
+        seeds: to tune on; use others to report on.
+        metric: of the runs, larger is better. A candidate that diverged for one seed is out.
+        options: ``shared``, ``jobs`` and the like, for :func:`run_grid`.
+
+    Returns:
+        The chosen settings by family, and a table of what was tried: a row a candidate, with the family, what was
+        tuned, and the mean metric.
+
+    Raises:
+        ValueError: a family without candidates, or no candidate of it ran through.
+    """
+    import pandas
+
+    arms, tried = {}, []
+    for family, candidates in families.items():
+        if not candidates:
+            raise ValueError(f"family {family!r} has no candidates; give it at least one dict of settings")
+        varied = [
+            key
+            for key, value in candidates[0].items()
+            if any(c[key] is not value and c[key] != value for c in candidates)
+        ]
+        for number, settings in enumerate(candidates if len(candidates) > 1 else []):
+            label = f"{family} @ {', '.join(str(settings[key]) for key in varied)}"
+            arms[label] = settings
+            tried.append({"family": family, "number": number, "arm": label, **{key: settings[key] for key in varied}})
+    chosen = {family: candidates[0] for family, candidates in families.items()}
+    if not arms:
+        return chosen, pandas.DataFrame(columns=["family", metric])
+    frame = run_grid(name, train, arms, seeds, **options).frame()
+    if metric not in frame:  # all diverged
+        frame[metric] = math.nan
+    means = frame.groupby("arm")[metric].agg(lambda values: values.mean(skipna=False))
+    table = pandas.DataFrame(tried)
+    table[metric] = means.reindex(table["arm"]).to_numpy()
+    for family, rows in table.groupby("family", sort=False):
+        if rows[metric].isna().all():
+            raise ValueError(f"no candidate of family {family!r} ran through; try smaller learning rates")
+        chosen[family] = families[family][rows.loc[rows[metric].idxmax(), "number"]]
+    return chosen, table.drop(columns=["arm", "number"])
+
+
 @functools.cache
 def _rehearsal_store() -> Path:
     """A store for this process only: what is rehearsed is rehearsed anew each time."""
@@ -331,6 +391,8 @@ def _make(task: _Task, train: Callable, shared: dict[str, Any], wait: bool) -> s
         return traceback.format_exc()
     finally:
         own.release()
+        if scale.rehearsing() or scale.device().type == "cuda":
+            gc.collect()  # a model in a circle of references would stay until Python looks, and fill the memory meanwhile
 
 
 def _train(task: _Task, train: Callable, shared: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,34 +35,81 @@ def compare(
     """
     import pandas
 
-    frame = runs.frame() if isinstance(runs, Runs) else runs
-    if metric not in frame:
-        raise ValueError(
-            f"the runs have no metric {metric!r}; they have {sorted(set(frame) - {'arm', 'seed', 'seconds'})}"
-        )
-    wide = frame.pivot(index="seed", columns="arm", values=metric)[list(dict.fromkeys(frame["arm"]))]
-    if baseline is not None and baseline not in wide:
-        raise ValueError(f"no arm is called {baseline!r}; arms are {list(wide)}")
+    wide = _wide(runs, metric)
+    if baseline is not None:
+        _check_arm(wide, baseline)
     rows = []
     for arm in wide:
         values = wide[arm].dropna()
         row = {"arm": arm, "mean": values.mean(), "sd": values.std(), "n": len(values)}
         if baseline is not None:
-            row |= _difference(wide, arm, baseline)
+            found = _difference(wide, arm, baseline)
+            row |= {"difference": found.mean, "low": found.low, "high": found.high}
         if paper is not None:
             row["paper"] = paper.get(arm, math.nan)
         rows.append(row)
     return pandas.DataFrame(rows).set_index("arm")
 
 
-def _difference(wide: pandas.DataFrame, arm: str, baseline: str) -> dict[str, float]:
-    if arm == baseline:
-        return {"difference": math.nan, "low": math.nan, "high": math.nan}
-    both = wide[[arm, baseline]].dropna()
+def duels(
+    runs: Runs | pandas.DataFrame, pairs: Sequence[tuple[str, str]], metric: str = "test", *, unit: float = 100.0
+) -> pandas.DataFrame:
+    """One row a pair of arms: the paired difference first − second, its 95 % interval, and what may be said of it.
+
+    Args:
+        runs: of a grid, or a frame with columns ``arm``, ``seed`` and the metric.
+        pairs: of arms; only seeds that both have count.
+        metric: which of the runs' metrics.
+        unit: what differences are multiplied by; 100 turns fractions into points.
+
+    Returns:
+        ``difference``, ``low``, ``high``, ``n`` and ``verdict`` ("above", "below" or "not separated").
+
+    Raises:
+        ValueError: no such metric or arm.
+    """
+    import pandas
+
+    wide, rows = _wide(runs, metric), []
+    for first, second in pairs:
+        _check_arm(wide, first)
+        _check_arm(wide, second)
+        found = _difference(wide, first, second)
+        verdict = "above" if found.low > 0 else "below" if found.high < 0 else "not separated"
+        rows.append((f"{first} − {second}", unit * found.mean, unit * found.low, unit * found.high, found.n, verdict))
+    columns = ["comparison", "difference", "low", "high", "n", "verdict"]
+    return pandas.DataFrame(rows, columns=columns).set_index("comparison")
+
+
+def answer(question: str, duel: pandas.Series, wanted: str = "above") -> str:
+    """A line that answers ``question`` ("Does KD beat labels?") by a row of :func:`duels`; ``wanted`` is the verdict of a yes."""
+    other = "below" if wanted == "above" else "above"
+    says = {wanted: "yes", other: "no, the other way round", "not separated": "cannot be told from no difference"}
+    interval = f"{duel['difference']:+.2f} [{duel['low']:+.2f}, {duel['high']:+.2f}]"
+    return f"{question:<62} {interval}  {says[duel['verdict']]}"
+
+
+def _wide(runs: Runs | pandas.DataFrame, metric: str) -> pandas.DataFrame:
+    """A column an arm, a row a seed."""
+    frame = runs.frame() if isinstance(runs, Runs) else runs
+    if metric not in frame:
+        raise ValueError(
+            f"the runs have no metric {metric!r}; they have {sorted(set(frame) - {'arm', 'seed', 'seconds'})}"
+        )
+    return frame.pivot(index="seed", columns="arm", values=metric)[list(dict.fromkeys(frame["arm"]))]
+
+
+def _check_arm(wide: pandas.DataFrame, arm: str) -> None:
+    if arm not in wide:
+        raise ValueError(f"no arm is called {arm!r}; arms are {list(wide)}")
+
+
+def _difference(wide: pandas.DataFrame, first: str, second: str) -> metrics.Interval:
+    """NaN of an arm with itself, or without a seed that both have."""
+    both = wide[[first, second]].dropna() if first != second else wide[:0]
     if both.empty:
-        return {"difference": math.nan, "low": math.nan, "high": math.nan}
-    interval = metrics.paired_difference(both[arm], both[baseline])
-    return {"difference": interval.mean, "low": interval.low, "high": interval.high}
+        return metrics.Interval(math.nan, math.nan, math.nan, 0)
+    return metrics.paired_difference(both[first], both[second])
 
 
 def results_folder() -> Path:

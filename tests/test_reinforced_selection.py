@@ -19,6 +19,7 @@ from torch import nn
 import kdlib as kd
 from kdlib.course import cells
 from kdlib.data.text_sets import TextSet, TokenSet
+from kdlib.data.tokens import Ragged
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_reinforced_teacher_selection.ipynb"
 CLASSES, TEACHERS = 4, 3
@@ -49,7 +50,7 @@ def tokens(count: int, first_id: int = 0, seed: int = 0, name: str = "synthetic"
         rows.append(torch.where(torch.rand(length, generator=random) < 0.6, 5 * label + telling, any_word))
     texts = [" ".join(map(str, row.tolist())) for row in rows]
     source = TextSet(texts, labels, torch.arange(count) + first_id, [f"class {c}" for c in range(CLASSES)], name)
-    return TokenSet(source, lengths, torch.cat(rows).to(torch.int32), None, 0, 31)
+    return TokenSet(source, Ragged(lengths, torch.cat(rows).to(torch.int32)), None, 0, 31)
 
 
 def specialists(nb, data: TokenSet, seed: int = 1):

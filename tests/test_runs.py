@@ -300,3 +300,35 @@ def test_a_notebook_spreads_its_own_function_and_sees_its_edits(tmp_path):
     assert "0 from the store, 2 to train on 2 processes" in said[4] and "[8.0, 9.0]" in said[5]
     assert "2 from the store, none to train" in said[6]
     assert "0 from the store, 2 to train" in said[7] and "[9.0, 10.0]" in said[7]
+
+
+def trial(seed, folder, rate, width=1):
+    if rate > 2:
+        raise FloatingPointError("too fast")
+    CALLS.append((rate, seed))
+    return Outcome({"validation": -abs(rate - width) + seed / 100})
+
+
+def test_each_family_gets_its_best_candidate_by_the_mean_over_seeds():
+    families = {
+        "narrow": [{"rate": rate, "width": 1} for rate in (0.5, 1.0, 3.0)],
+        "wide": [{"rate": rate, "width": 2} for rate in (0.5, 1.0, 2.0)],
+        "given": [{"rate": 0.1}],
+    }
+    chosen, table = kd.tune("tuning", trial, families, (0, 2), jobs=1)
+    assert chosen == {"narrow": families["narrow"][1], "wide": families["wide"][2], "given": {"rate": 0.1}}
+    assert sorted(CALLS) == sorted([(r, s) for r in (0.5, 1.0, 0.5, 1.0, 2.0) for s in (0, 2)])
+    assert list(table.columns) == ["family", "rate", "validation"]
+    assert table["validation"].tolist() == pytest.approx([-0.49, 0.01, float("nan"), -1.49, -0.99, 0.01], nan_ok=True)
+
+
+def test_of_equal_candidates_the_first_is_chosen():
+    families = {"tie": [{"rate": 1.5}, {"rate": 0.5}]}
+    assert kd.tune("tuning", trial, families, (0,), jobs=1)[0]["tie"] == {"rate": 1.5}
+
+
+def test_a_family_that_never_runs_through_or_has_no_candidate_is_told():
+    with pytest.raises(ValueError, match="no candidate of family 'wild' ran through"):
+        kd.tune("tuning", trial, {"wild": [{"rate": 3.0}, {"rate": 4.0}]}, (0,), jobs=1)
+    with pytest.raises(ValueError, match="family 'none' has no candidates"):
+        kd.tune("tuning", trial, {"none": []}, (0,), jobs=1)

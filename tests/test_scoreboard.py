@@ -33,6 +33,31 @@ def test_the_interval_is_the_paired_one(runs):
     assert table.loc["labels", ["difference", "paper"]].isna().all() and list(table.index) == ["labels", "KD"]
 
 
+def test_duels_are_paired_judged_and_in_the_unit_asked_for(runs):
+    row = kd.duels(runs, [("KD", "labels"), ("labels", "KD")], "accuracy", unit=10).loc["KD − labels"]
+    half = 4.302653 * 2 / math.sqrt(3)
+    assert (row["difference"], row["n"], row["verdict"]) == (40.0, 3, "not separated")
+    assert row["low"] == pytest.approx(10 * (4 - half), abs=1e-4) and row["high"] == pytest.approx(
+        10 * (4 + half), abs=1e-4
+    )
+    frame = runs.frame().assign(accuracy=lambda f: f["accuracy"] + 100 * (f["arm"] == "KD"))
+    table = kd.duels(frame, [("KD", "labels"), ("labels", "KD")], "accuracy")
+    assert table["verdict"].tolist() == ["above", "below"]
+    assert kd.answer("Does it?", table.loc["labels − KD"]).endswith("no, the other way round")
+    assert (
+        kd.answer("Does it?", row).split("?")[1].split()
+        == "+40.00 [-9.68, +89.68] cannot be told from no difference".split()
+    )
+    assert kd.answer("Fewer?", table.loc["labels − KD"], wanted="below").endswith("yes")
+    assert kd.duels(runs, [("KD", "KD")], "accuracy")["verdict"].tolist() == ["not separated"]
+
+
+@pytest.mark.parametrize("pair", [("labels", "nobody"), ("nobody", "labels")])
+def test_a_duel_with_a_stranger_is_refused(runs, pair):
+    with pytest.raises(ValueError, match="no arm is called 'nobody'"):
+        kd.duels(runs, [pair], "accuracy")
+
+
 def test_only_seeds_in_common_are_paired_and_divergence_is_no_number(runs, tmp_path):
     runs.append(run("KD", 3, 1000.0, tmp_path))
     runs.append(run("wild", 0, 0.0, tmp_path, diverged=True))
