@@ -227,9 +227,10 @@ def tune(
             if any(c[key] is not value and c[key] != value for c in candidates)
         ]
         for number, settings in enumerate(candidates if len(candidates) > 1 else []):
-            label = f"{family} @ {', '.join(str(settings[key]) for key in varied)}"
+            values = {key: _words(settings[key]) for key in varied}
+            label = f"{family} @ {', '.join(map(str, values.values()))}"
             arms[label] = settings
-            tried.append({"family": family, "number": number, "arm": label, **{key: settings[key] for key in varied}})
+            tried.append({"family": family, "number": number, "arm": label, **values})
     chosen = {family: candidates[0] for family, candidates in families.items()}
     if not arms:
         return chosen, pandas.DataFrame(columns=["family", metric])
@@ -486,6 +487,9 @@ def _words(value: Any) -> Any:
         return value
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
+    if isinstance(value, functools.partial):  # without the address in memory that its repr has
+        given = [*map(str, map(_words, value.args)), *(f"{key}={_words(item)}" for key, item in value.keywords.items())]
+        return f"{_words(value.func)}({', '.join(given)})"
     if isinstance(mark := getattr(value, "fingerprint", None), str):
         return f"{type(value).__name__} {mark[:12]}"
     return getattr(value, "__qualname__", None) or repr(value)

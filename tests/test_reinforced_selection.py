@@ -759,6 +759,19 @@ def test_the_router_finds_the_right_teacher_from_few_labels(nb, task):
     assert (weights.argmax(1) == half.slices)[hidden].float().mean() > 0.9
 
 
+def test_a_router_can_weigh_select_or_toss_coins(nb):
+    evidence = any_evidence(nb, 400)
+    share = torch.tensor([[0.6, 0.9, 0.2]]).expand(400, 3)
+    answer = partial(nb.looked_up, evidence, None, ids=evidence.ids, share=share)
+    assert torch.allclose(answer(None, use="weights"), share / 1.7)
+    assert torch.equal(answer(None, use="selection"), torch.tensor([[0.5, 0.5, 0.0]]).expand(400, 3))
+    coins = answer(torch.Generator().manual_seed(0), use="coins")
+    assert torch.allclose(coins.sum(1), torch.ones(400)) and (coins > 0).float().mean(0).sub(share[0]).abs().max() < 0.1
+    assert coins.unique(dim=0).shape[0] == 7  # every subset but the empty one, which hears the likeliest teacher
+    with pytest.raises(ValueError, match="use is 'votes'; it must be weights, selection or coins"):
+        nb.logistic_router(evidence, None, use="votes")
+
+
 def test_the_oracle_of_hidden_labels_sees_them(nb, task):
     weights = ask(nb.hidden_best, half_labelled(task).evidence)
     assert torch.equal(weights.argmax(1), task.slices) and torch.equal(

@@ -1,5 +1,6 @@
 """The run store: each run once, again when what made it changed, and nothing lost when something dies."""
 
+import functools
 import os
 import random
 import signal
@@ -332,3 +333,21 @@ def test_a_family_that_never_runs_through_or_has_no_candidate_is_told():
         kd.tune("tuning", trial, {"wild": [{"rate": 3.0}, {"rate": 4.0}]}, (0,), jobs=1)
     with pytest.raises(ValueError, match="family 'none' has no candidates"):
         kd.tune("tuning", trial, {"none": []}, (0,), jobs=1)
+
+
+def shifted(start, by):
+    return start + by
+
+
+def called(seed, folder, hook):
+    CALLS.append(hook())
+    return Outcome({"validation": hook()})
+
+
+def test_what_is_tuned_may_be_a_function_and_is_named_without_its_address():
+    """A name with an address in memory would be another run in every process, and a result that nobody can read."""
+    families = {"shift": [{"hook": functools.partial(shifted, 1, by=by)} for by in (1, 2)]}
+    table = kd.tune("tuning", called, families, (0,), jobs=1)[1]
+    assert list(table["hook"]) == ["shifted(1, by=1)", "shifted(1, by=2)"]
+    runs = run_grid("grid", called, {"arm": families["shift"][0]}, (0,), jobs=1)
+    assert runs[0].settings == {"hook": "shifted(1, by=1)"}

@@ -63,7 +63,7 @@ CHAPTERS = (
         {"smoke": "embedded parallel sentences and headlines, no download", "lab": "Multi30k, 5 MB; AESLC, 15 MB",
          "full": "IWSLT14, 20 MB; WMT16, 1.7 GB; CNN/DM, 600 MB"},
         (
-            Headline("students", "score", "vanilla", "Multi30k de→en (BLEU): every method at the same number of updates"),
+            Headline("students", "score", "vanilla", "translation (BLEU; at `lab` Multi30k de→en): every method at the same number of updates"),
             Headline("students", "runaway", "vanilla", "the same students: outputs that never end (%)"),
             Headline("task aeslc", "score", "vanilla", "AESLC e-mail subjects (ROUGE-1)"),
         ),
@@ -75,8 +75,8 @@ CHAPTERS = (
          "lab": "CLINC150, TREC, reviews and GLUE, 20 MB; MiniLM, 90 MB",
          "full": "CLINC150; GLUE, 600 MB; BERT, RoBERTa, ALBERT and XLNet, 2 GB"},
         (
-            Headline("domains", "test", "uniform mean", "ten domains, five teachers that know four each"),
-            Headline("few_labels", "test", "uniform mean", "the same, 300 of 3,000 texts labelled"),
+            Headline("domains", "test", "uniform mean", "domains, teachers that know a part of them each (at `lab` five teachers, four of ten)"),
+            Headline("few_labels", "test", "uniform mean", "the same with few labels (at `lab` 300 of 3,000 texts)"),
             Headline("families", "test", "uniform mean", "150 intents, five families of teachers"),
         ),
     ),
