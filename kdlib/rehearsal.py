@@ -49,7 +49,7 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[
         key, size = tensor.untyped_storage().data_ptr(), min(tensor.nbytes, tensor.untyped_storage().nbytes())
         if key not in own:
             saved[key] = max(size, saved.get(key, 0))
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its graph, the graph the tensor, and nothing frees either
 
     counter = FlopCounterMode(display=False)
     began = time.perf_counter()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -124,3 +126,24 @@ def test_a_live_teacher_counts_as_work_but_its_activations_do_not_stay():
     live, without = rehearsal._records
     assert live["step_flops"] - without["step_flops"] == 2 * ROWS * WIDTH * 10
     assert live["activation_bytes"] == without["activation_bytes"]
+
+
+def test_a_measured_model_is_let_go():
+    """Also when a part of the step was never back-propagated: what autograd saved there must not hold its own graph."""
+
+    def measured():
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            outputs = model(torch.randn(2, 3))
+            outputs.sigmoid()  # saves its own output, and no backward pass frees it
+            outputs.sum().backward()
+            optimizer.step()
+
+        rehearsal.measure(model, optimizer, step)
+        return weakref.ref(model.weight)
+
+    weight = measured()
+    gc.collect()
+    assert weight() is None
