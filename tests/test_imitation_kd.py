@@ -1029,3 +1029,11 @@ def test_mutants_are_noticed(nb, task, monkeypatch, name):
     check(nb, *needs.get(check, ()))
     with pytest.raises(AssertionError):
         check(mutant(nb, old, new), *needs.get(check, ()))
+
+
+def test_chained_pairs_keep_their_order_and_drop_what_is_left_over(nb):
+    data = kd.data.SequenceSet(list("abcdefg"), list("ABCDEFG"), torch.arange(7), "letters")
+    chained = nb.chain(data, 3)
+    assert (chained.sources, chained.targets) == (["a b c", "d e f"], ["A B C", "D E F"])
+    assert chained.ids.tolist() == [0, 3] and chained.name == "letters-by-3"
+    assert nb.chain(data, 1).sources == data.sources and chained.fingerprint != data.take(slice(0, 6, 3)).fingerprint
