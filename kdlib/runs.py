@@ -7,7 +7,6 @@ import contextlib
 import copyreg
 import datetime
 import functools
-import gc
 import math
 import pickle
 import random
@@ -392,8 +391,6 @@ def _make(task: _Task, train: Callable, shared: dict[str, Any], wait: bool) -> s
         return traceback.format_exc()
     finally:
         own.release()
-        if scale.rehearsing() or scale.device().type == "cuda":
-            gc.collect()  # a model in a circle of references would stay until Python looks, and fill the memory meanwhile
 
 
 def _train(task: _Task, train: Callable, shared: dict[str, Any]) -> None:
