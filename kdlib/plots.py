@@ -174,22 +174,46 @@ def _name_ends(ax: Axes, ends: Sequence[tuple[str, float, float, str]], gap: flo
         )  # fmt: skip
 
 
-def forest(table: pandas.DataFrame, *, xlabel: str, ax: Axes | None = None) -> Figure:
+def forest(
+    table: pandas.DataFrame,
+    *,
+    xlabel: str,
+    ax: Axes | None = None,
+    rows: Sequence[Any] | None = None,
+    widest: float | None = None,
+) -> Figure:
     """Paired differences with their intervals, one line an arm (columns difference, low, high), and a line at zero.
 
     An interval that holds zero is grey with a hollow mark.
+
+    Args:
+        table: a row an arm; those without a difference (a baseline) are left out.
+        xlabel: what the differences are, with their unit.
+        ax: to draw into; None makes a figure.
+        rows: the rows to show, in this order; one that ``table`` lacks stays empty, so panels side by side agree.
+        widest: the end of the axis on either side; an arrow marks an interval that goes on beyond it.
     """
-    rows = table.dropna(subset=["difference"])
+    table = table.dropna(subset=["difference"])
+    rows = list(table.index if rows is None else rows)
     if ax is None:
         _, ax = plt.subplots(figsize=(6.6, 0.8 + 0.36 * len(rows)))
-    for y, (_, row) in enumerate(rows.iterrows()):
-        clear = row["low"] * row["high"] > 0
+    for y, name in enumerate(rows):
+        if name not in table.index:
+            continue
+        low, high, middle = (float(table.loc[name, column]) for column in ("low", "high", "difference"))
+        clear = low * high > 0
         hue = BLUE if clear else GREY
-        ax.plot([row["low"], row["high"]], [y, y], color=hue, linewidth=2.2)
-        ax.plot(row["difference"], y, "o", color=hue, markerfacecolor=hue if clear else "white", markersize=6)
+        if widest is not None:
+            for beyond, end, mark in ((low < -widest, -widest, "<"), (high > widest, widest, ">")):
+                if beyond:
+                    ax.plot(end, y, mark, color=hue, markersize=6, clip_on=False)
+        ax.plot([low, high], [y, y], color=hue, linewidth=2.2)
+        ax.plot(middle, y, "o", color=hue, markerfacecolor=hue if clear else "white", markersize=6)
     ax.axvline(0, color=BLACK, linewidth=1, zorder=1)
-    ax.set_yticks(range(len(rows)), rows.index)
-    ax.invert_yaxis()
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.grid(axis="y", visible=False)
     ax.set(xlabel=xlabel)
+    if widest is not None:
+        ax.set_xlim(-widest, widest)
     return ax.figure

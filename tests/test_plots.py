@@ -175,6 +175,20 @@ def test_an_interval_that_holds_zero_is_hollow():
     plt.close("all")
 
 
+def test_panels_of_forests_agree_on_their_rows_and_cut_what_is_too_wide():
+    whole = pd.DataFrame({"difference": [1.0, 2.0], "low": [0.5, -9.0], "high": [1.5, 13.0]}, index=["a", "b"])
+    fig, axes = plt.subplots(1, 2, sharey=True)
+    for ax, table in zip(axes, (whole, whole.loc[["b"]]), strict=True):
+        plots.forest(table, xlabel="points", ax=ax, rows=["a", "b", "c"], widest=10)
+    assert [text.get_text() for text in axes[0].get_yticklabels()] == ["a", "b", "c"]
+    assert axes[0].get_ylim() == (2.5, -0.5) and axes[1].get_xlim() == (-10, 10)  # the first row is on top in both
+    heights = [[float(line.get_ydata()[0]) for line in ax.lines if line.get_marker() == "o"] for ax in axes]
+    assert heights == [[0, 1], [1]]
+    arrows = {line.get_marker(): tuple(line.get_xydata()[0]) for line in axes[1].lines if line.get_marker() in "<>"}
+    assert arrows == {">": (10, 1)}
+    plt.close("all")
+
+
 def test_outside_a_notebook_nothing_is_printed(capsys):
     kd.show(line(), alt=ALT, name="quiet")
     assert capsys.readouterr().out == ""
