@@ -27,6 +27,7 @@ from .scale import Settings
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _NOT_OF_A_RUN = {"scale", "seeds", "jobs"}  # they say which runs are made and where, not how one is made
+_NEVER_RUNS = "kdlib.rehearsal"  # a run that is stored never calls it: it may change and the run stays what it was
 
 
 def fingerprint(*values: Any) -> str:
@@ -36,7 +37,7 @@ def fingerprint(*values: Any) -> str:
     that have a ``fingerprint`` string, whatever pickle can take apart, and functions and classes. A function
     from a notebook, from kdlib or from a module that is not installed counts by its source without comments,
     docstrings and annotations, by its defaults and closure, and by everything that it reaches; one from an
-    installed package counts by its name. Of a module and of a notebook's settings, only the attributes that
+    installed package, or one that only measures what a rehearsal costs, counts by its name. Of a module and of a notebook's settings, only the attributes that
     are read count: a changed ``run.epochs`` matters to a function that reads ``run.epochs``.
 
     Raises:
@@ -237,10 +238,10 @@ def _plain(value: Any) -> bool:
 @functools.cache
 def _ours(module: str | None) -> bool:
     """Whether a module counts by its source: a notebook, kdlib, or a file that no installer put there."""
-    if module == "__main__" or (module or "").split(".")[0] == "kdlib":
-        return True
-    if not module:
+    if not module or module == _NEVER_RUNS:
         return False
+    if module == "__main__" or module.split(".")[0] == "kdlib":
+        return True
     if module in sys.modules:
         file = getattr(sys.modules[module], "__file__", None)
     else:

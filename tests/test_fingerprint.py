@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import kdlib as kd
 from kdlib.fingerprint import fingerprint
 from kdlib.scale import Settings
 
@@ -189,6 +190,13 @@ def test_a_modules_own_list_may_fill_up(in_process):
     before = key(module)
     module.train()
     assert key(module) == before
+
+
+def test_how_a_rehearsal_is_measured_does_not_act(monkeypatch):
+    before = fingerprint(kd.fit)
+    monkeypatch.setattr(kd.rehearsal, "measure", lambda model, optimizer, step: step())
+    monkeypatch.setattr(kd.rehearsal, "ROWS", 8)
+    assert fingerprint(kd.fit) == before
 
 
 def test_what_has_no_fingerprint_is_named_with_the_remedy(in_process):
