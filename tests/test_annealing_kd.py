@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import math
+import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import kdlib as kd
+from kdlib.course import cells
 from kdlib.course.cells import method_namespace
 from kdlib.data import images
 
@@ -24,6 +29,27 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "01_annealing_kd.ipynb"
 @pytest.fixture(scope="module")
 def nb():
     return SimpleNamespace(**method_namespace(NOTEBOOK))
+
+
+@functools.cache
+def statements(notebook: Path) -> list[ast.stmt]:
+    return [s for cell in cells.read(notebook).cells if cell.cell_type == "code" for s in ast.parse(cell.source).body]
+
+
+def lifted(nb, *names, **others):
+    """The method, and of the notebook's other cells the functions and constants of these names.
+
+    ``others`` stand in for what the notebook calls by these names.
+    """
+    namespace = types.ModuleType("__main__").__dict__ | vars(nb) | others
+    wanted = []
+    for statement in statements(NOTEBOOK):
+        targets = getattr(statement, "targets", ())
+        made = {getattr(statement, "name", None)} | {n.id for t in targets for n in ast.walk(t) if hasattr(n, "id")}
+        wanted += [statement] if made & set(names) else []
+    exec(compile(ast.Module(wanted, []), "lifted", "exec"), namespace)
+    assert all(name in namespace for name in names), f"{NOTEBOOK.name} no longer has all of {names}"
+    return SimpleNamespace(**{name: namespace[name] for name in names})
 
 
 class Counting:
@@ -288,6 +314,50 @@ def test_a_diverged_rate_is_never_best(nb):
     assert (0.033, 0.1) in only  # all diverged: try a lower one
 
 
+TUNED = {  # validation scores by learning rates, one a tuning seed; NaN: that seed diverged
+    "steady": {(0.1, 0.02): (0.9, 0.1), (0.1, 0.05): (0.2, 0.2), (0.3, 0.02): (0.5, 0.7), (0.3, 0.05): (0.4, 0.5)},
+    "one seed diverged": {(0.1, 0.02): (0.1, 0.2), (0.1, 0.05): (0.3, 0.3), (0.3, 0.02): (0.9, math.nan), (0.3, 0.05): (0.9, math.nan)},
+    "as good, and earlier": {(0.1, 0.02): (0.3, 0.5), (0.1, 0.05): (0.4, 0.4), (0.3, 0.02): (0.0, 0.0), (0.3, 0.05): (0.1, 0.0)},
+}  # fmt: skip
+
+
+def dictated(*, seed, folder, task, epochs, rate, finish_rates, scores):
+    """In place of a tuning run: what is written down for it, and a divergence where there is NaN."""
+    found = {finish: scores[rate, finish][seed - 100] for finish in finish_rates}
+    if any(math.isnan(score) for score in found.values()):
+        raise FloatingPointError("the loss is NaN")
+    return kd.Outcome({f"{finish:g}": score for finish, score in found.items()})
+
+
+def tuned(nb, scores, rates, finish_rates, *, widen):
+    """The notebook's ``tune`` on families ``{name: dictated scores}``, as of two tuning seeds."""
+    tune = lifted(nb, "tune", run=SimpleNamespace(jobs=1, widen=0), tune_student=dictated).tune
+    families = {name: {"scores": table} for name, table in scores.items()}
+    return tune("tuning", families, None, rates, finish_rates, seeds=(100, 101), epochs=(1, 1), widen=widen)
+
+
+def test_tune_takes_the_best_mean_over_seeds_and_drops_what_diverged_once(nb):
+    chosen, table = tuned(nb, TUNED, (0.1, 0.3), (0.02, 0.05), widen=0)
+    assert chosen == {"steady": (0.3, 0.02), "one seed diverged": (0.1, 0.05), "as good, and earlier": (0.1, 0.02)}
+    for family, scores in TUNED.items():
+        for pair, (one, other) in scores.items():
+            assert table.loc[family, pair] == pytest.approx((one + other) / 2, nan_ok=True)
+
+
+def test_tune_widens_its_grid_and_does_not_choose_what_diverged_there(nb):
+    """The best of the grid lies at its edge; beyond it one rate diverges for one seed and the other is better."""
+    scores = {
+        (0.1, 0.1): (0.2, 0.2),
+        (0.3, 0.1): (0.6, 0.6),
+        (0.9, 0.1): (0.99, math.nan),
+        (0.3, 0.3): (0.7, 0.6),
+        (0.3, 0.033): (0.1, 0.1),
+    }
+    chosen, table = tuned(nb, {"labels": scores}, (0.1, 0.3), (0.1,), widen=1)
+    assert chosen == {"labels": (0.3, 0.3)} and set(table.columns) == set(scores)
+    assert math.isnan(table.loc["labels", (0.9, 0.1)])
+
+
 # --- rivals ------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +392,47 @@ def test_dist_is_zero_beyond_labels_at_the_teacher_and_dgkd_leaves_one_out(nb):
     assert a.calls + b.calls == 1
 
 
+def taught(nb, task, tmp_path, family, teachers, seed=0):
+    """Train a student by one of the image section's families, as :func:`train` does."""
+    families = lifted(nb, "image_families", "LABELS", "KD4").image_families(*teachers, 2)
+    return train(nb, task, tmp_path, seed=seed, **families[family])
+
+
+def test_the_assistants_student_never_calls_the_big_teacher(nb, task, tmp_path):
+    calls = {}
+    for family in ("TAKD", "KD", "DGKD"):
+        big, assistant = Counting(), Counting()
+        taught(nb, task, tmp_path / family, family, (big, assistant))
+        calls[family] = big.calls, assistant.calls
+    updates = (4 + 2) * 3
+    assert calls["TAKD"] == (0, updates) and calls["KD"] == (updates, 0)
+    assert 0 < calls["DGKD"][0] < updates == sum(calls["DGKD"])  # where both teach, both are heard
+
+
+def test_dgkds_choice_of_teachers_follows_the_seed(nb, task, tmp_path):
+    """And not the state that the random generators were left in."""
+
+    class Named(Counting):
+        def __init__(self, name, heard):
+            super().__init__()
+            self.name = self.fingerprint = name
+            self.heard = heard
+
+        def __call__(self, batch):
+            self.heard.append(self.name)
+            return super().__call__(batch)
+
+    def heard(seed, before):
+        torch.manual_seed(before)
+        names = []
+        taught(nb, task, tmp_path / f"{seed} {before}", "DGKD", (Named("big", names), Named("assistant", names)), seed)
+        return names
+
+    first = heard(0, before=1)
+    assert len(first) == (4 + 2) * 3 and set(first) == {"big", "assistant"}
+    assert heard(0, before=2) == first != heard(1, before=1)
+
+
 def test_annealed_temperature_is_one_over_phi(nb):
     teacher, z = Counting(), torch.randn(6, 10)
     batch = {"id": torch.arange(6), "y": torch.arange(6)}
@@ -329,6 +440,100 @@ def test_annealed_temperature_is_one_over_phi(nb):
         ours = nb.annealed_temperature_objective(z, batch | {"epoch": epoch}, [teacher], 10, alpha=0.9, tau_max=5)
         temperature = 1 / nb.phi_at(epoch, 10, tau_max=5)
         assert torch.isclose(ours, nb.hinton_objective(z, batch, [teacher], 10, alpha=0.9, temperature=temperature))
+
+
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(0, 7))
+def test_kl_in_phase_one_scales_the_teacher_and_never_the_student(nb, seed, tau_max, epoch):
+    """By the textbook's sum, with its gradient; nothing is left at the faint teacher, something at the loud one."""
+    epochs, epoch = 8, min(epoch, 7)
+    z, t = 2 * torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(seed))
+    batch = {"id": torch.arange(5), "epoch": epoch}  # no labels
+    objective = partial(nb.annealing_kl_objective, batch=batch, teachers=[lambda _: t], epochs=epochs, tau_max=tau_max)
+    volume = nb.phi_at(epoch, epochs, tau_max=tau_max)
+    p, z = (volume * t).softmax(1), z.requires_grad_()
+    loss = objective(z)
+    by_hand = (p * (p.log() - z.softmax(1).log())).sum(1).mean()
+    assert float(loss.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-4, abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert torch.allclose(gradient, (z.detach().softmax(1) - p) / 5, atol=1e-6)
+    assert float(objective(volume * t)) == pytest.approx(0, abs=1e-6)
+    assert (float(objective(t)) > 1e-3) == (volume < 1)
+
+
+# --- ablations ---------------------------------------------------------------------------------------------
+
+
+def volume_of(objective, batch, *args, **settings):
+    """The factor on the teacher's logits: a silent student's loss is its square times the logits' mean square."""
+    teacher = Counting()
+    loss = objective(torch.zeros(len(batch["id"]), 10), batch, [teacher], *args, **settings)
+    return math.sqrt(float(loss) / float(teacher(batch).square().mean()))
+
+
+@given(st.integers(2, 12), st.integers(1, 5), st.floats(0.02, 0.9))
+def test_stairs_lead_from_start_to_one_in_equal_steps(nb, stairs, length, start):
+    objective, epochs = lifted(nb, "stairs_objective").stairs_objective, stairs * length
+    volumes = [
+        volume_of(objective, {"id": torch.arange(6), "epoch": epoch}, epochs, start=start, stairs=stairs)
+        for epoch in range(epochs)
+    ]
+    assert volumes[0] == pytest.approx(start, rel=1e-4) and volumes[-1] == pytest.approx(1, rel=1e-4)
+    heights = [start + (1 - start) * step / (stairs - 1) for step in range(stairs)]
+    assert volumes == pytest.approx([height for height in heights for _ in range(length)], rel=1e-4)
+
+
+@pytest.mark.parametrize(("epochs", "stairs"), [(30, 2), (30, 30), (160, 40), (20, 2), (11, 3)])
+def test_stairs_that_do_not_divide_the_epochs_differ_by_one(nb, epochs, stairs):
+    objective = lifted(nb, "stairs_objective").stairs_objective
+    volumes = [
+        round(volume_of(objective, {"id": torch.arange(3), "epoch": e}, epochs, start=0.1, stairs=stairs), 4)
+        for e in range(epochs)
+    ]
+    lengths = [volumes.count(volume) for volume in sorted(set(volumes))]
+    assert volumes == sorted(volumes) and (volumes[0], volumes[-1]) == (0.1, 1.0)
+    assert len(lengths) == stairs and max(lengths) - min(lengths) == (epochs % stairs > 0)
+
+
+def test_as_many_stairs_as_stages_are_annealing(nb):
+    objective = lifted(nb, "stairs_objective").stairs_objective
+    for epoch in range(20):
+        batch = {"id": torch.arange(6), "epoch": epoch}
+        ours = volume_of(objective, batch, 20, start=0.1, stairs=10)
+        assert ours == pytest.approx(nb.phi_at(epoch, 20, tau_max=10), rel=1e-4)
+
+
+@given(st.floats(0.05, 2), st.sampled_from([0.3, 0.5, 3.0]), st.integers(0, 10_000))
+def test_a_constant_at_a_volume_is_their_product_at_volume_one(nb, constant, volume, seed):
+    """In loss and gradient; so are the stairs' targets; labels have no volume."""
+    turned = lifted(nb, "turned_objective").turned_objective
+    z = torch.randn(6, 10, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    batch = {"id": torch.arange(6), "y": torch.arange(6), "epoch": 0}
+    one = partial(turned, z, batch, [Counting()], 10, volume=volume)
+    ours = one(objective=partial(nb.annealing_objective, constant=constant))
+    theirs = nb.annealing_objective(z, batch, [Counting()], 10, constant=constant * volume)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert torch.allclose(*(torch.autograd.grad(loss, z)[0] for loss in (ours, theirs)), atol=1e-6)
+    target = volume * constant * Counting()(batch)
+    at_target = turned(
+        target, batch, [Counting()], 10, objective=partial(nb.annealing_objective, constant=constant), volume=volume
+    )
+    assert float(at_target) == pytest.approx(0, abs=1e-9)
+    first = nb.annealing_objective(z, batch, [Counting()], 10, constant=0.2 * volume)
+    assert torch.allclose(one(objective=partial(nb.annealing_objective, tau_max=5)), first, rtol=1e-5)
+    assert torch.equal(one(objective=nb.label_objective), nb.label_objective(z, batch, [], 10))
+
+
+def test_every_teacher_is_turned_by_itself(nb):
+    turned, z = lifted(nb, "turned_objective").turned_objective, torch.zeros(2, 3)
+    teachers = [lambda batch: torch.full((2, 3), 1.0), lambda batch: torch.full((2, 3), 2.0)]
+    heard = []
+
+    def objective(student_logits, batch, teachers, epochs):
+        heard.extend(float(teacher(batch).mean()) for teacher in teachers)
+        return student_logits.sum()
+
+    turned(z, {}, teachers, 1, objective=objective, volume=0.5)
+    assert heard == [0.5, 1.0]
 
 
 def test_scores_are_distilled_by_squared_error(nb):

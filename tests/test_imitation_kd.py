@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 import math
 from dataclasses import replace
 from functools import partial
@@ -23,9 +25,10 @@ from kdlib.course import cells
 from kdlib.decoding import generate
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "02_imitation_kd.ipynb"
-PAD, BOS, EOS, IGNORE = 0, 1, 2, -100
+PAD, BOS, EOS, UNK, IGNORE = 0, 1, 2, 3, -100
 PAIRS, CAP, BATCH = 20, 8, 4
 TINY = "recurrent", dict(embedding=6, encoder_hidden=6, decoder_hidden=8, dropout=0.4)
+ATTENTIVE = "transformer", dict(d_model=8, layers=1, heads=2, dropout=0.4)
 ARMS = [
     "vanilla",
     "SeqKD",
@@ -423,6 +426,44 @@ def test_micro_batches_weighted_by_their_positions_make_the_whole(nb):
         assert torch.allclose(whole, parts, rtol=1e-5)
 
 
+def padded(batch: dict, read: int, write: int) -> dict:
+    """A data batch with so many columns of padding more on either side."""
+    sides = {
+        "input_ids": (read, PAD),
+        "attention_mask": (read, 0),
+        "labels": (write, IGNORE),
+        "decoder_input_ids": (write, PAD),
+    }
+    return batch | {name: F.pad(batch[name], (0, columns), value=fill) for name, (columns, fill) in sides.items()}
+
+
+@pytest.mark.parametrize("arch", [TINY, ATTENTIVE])
+@pytest.mark.parametrize("target", ["hard", "argmax", "full"])
+def test_padding_changes_neither_the_loss_nor_its_gradient(nb, arch, target):
+    """Of sources of unequal length, of references and of rollouts: a student and a teacher that read them."""
+    torch.manual_seed(0)
+    models = [nb.build(arch, 90).eval() for _ in range(2)]
+    for seed, model in enumerate(models):
+        disturb(model, seed)  # so that every word makes a difference, also that of padding
+    student, teacher = models[0], nb.as_teacher(models[1])
+    keep, rollouts = torch.tensor([True, False, True, False]), rollouts_of([5, 0], 6)
+    batch = reference_batch([4, 1, 6, 2], CAP)
+    sources = torch.tensor([[9, 8, 7, 6, EOS], [9, EOS, 0, 0, 0], [EOS, 0, 0, 0, 0], [5, 6, 7, EOS, 0]])
+    batch |= {"input_ids": sources, "attention_mask": (sources != PAD).long()}
+
+    def loss_and_gradient(read, write, more):
+        mixed = nb.mix(padded(batch, read, write), keep, F.pad(rollouts, (0, more), value=PAD))
+        loss = nb.imitation_loss(nb.logits_of(student, mixed), mixed, teacher, target=target)
+        return loss, torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
+
+    loss, gradient = loss_and_gradient(0, 0, 0)
+    assert loss > 0.1 and any(g.abs().max() > 0.01 for g in gradient)
+    for read, write, more in ((3, 0, 0), (0, 4, 0), (0, 0, 3), (2, 5, 1)):
+        wider, its_gradient = loss_and_gradient(read, write, more)
+        assert torch.allclose(wider, loss, rtol=1e-5)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(its_gradient, gradient, strict=True))
+
+
 def test_another_vocabulary_and_an_unknown_target_are_refused(nb):
     batch = mixed_batch(nb)
     z = torch.zeros(*batch["labels"].shape, 90)
@@ -530,20 +571,31 @@ def test_the_divergence_sees_only_positions_that_count(nb):
     assert torch.equal(ours, z[mask]) and torch.equal(theirs, teacher(batch)[mask])
 
 
+def loss_of_trl():
+    """``trl``'s generalised JSD, wherever this version of ``trl`` keeps it; without one, the test is skipped."""
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    places = (
+        ("experimental.gkd.gkd_trainer", "GKDTrainer"),
+        ("trainer.gkd_trainer", "GKDTrainer"),
+        ("experimental.gold.gold_trainer", "GOLDTrainer"),
+    )
+    failures = []
+    for module, name in places:
+        try:
+            return getattr(importlib.import_module(f"trl.{module}"), name).generalized_jsd_loss
+        except (ImportError, AttributeError, RuntimeError) as error:  # moved; or of a package that is not there
+            failures.append(f"{module}: {error}")
+    pytest.skip(f"trl has its generalised JSD in none of the places known: {'; '.join(failures)}")
+
+
 def test_equal_to_trl(nb):
     """GKD as in ``trl``: the ends of its β are the two KLs, between them it is the generalised JSD."""
-    pytest.importorskip("trl")
-    try:
-        from trl.experimental.gkd.gkd_trainer import GKDTrainer
-    except ImportError:
-        try:
-            from trl.trainer.gkd_trainer import GKDTrainer
-        except ImportError:
-            from trl.experimental.gold.gold_trainer import GOLDTrainer as GKDTrainer
+    loss = loss_of_trl()
     z, t = logits(2, 2.0)
 
     def theirs(beta):
-        return float(GKDTrainer.generalized_jsd_loss(z[None], t[None], beta=beta, labels=torch.zeros(1, 5)))
+        return float(loss(z[None], t[None], beta=beta, labels=torch.zeros(1, 5)))
 
     assert theirs(0) == pytest.approx(float(nb.DIVERGENCES["forward KL"](z, t)), rel=1e-4)
     assert theirs(1) == pytest.approx(float(nb.DIVERGENCES["reverse KL"](z, t)), rel=1e-4)
@@ -576,7 +628,7 @@ def check_rollout_mode(nb, task, arch=TINY) -> None:
     assert all(module.training for module in student.modules()) and torch.is_grad_enabled()
 
 
-@pytest.mark.parametrize("arch", [TINY, ("transformer", dict(d_model=8, layers=1, heads=2, dropout=0.4))])
+@pytest.mark.parametrize("arch", [TINY, ATTENTIVE])
 def test_the_student_writes_in_evaluation_mode_and_without_gradients(nb, task, arch):
     check_rollout_mode(nb, task, arch)
 
@@ -624,6 +676,46 @@ def test_sampled_rollouts_are_among_the_top_k_and_leave_the_global_stream_alone(
     among = (scores.topk(3).indices == first[..., None]).any(-1)
     assert among[nb.rollout_mask(read)].all()
     assert not torch.equal(first, nb.roll_out(student, batch, cap=CAP))  # which is greedy
+
+
+SAYING_NOTHING = {"unknown characters": ["жж щ", "ю", "ж ж ж ж", "щщ"], "empty": [""] * 4}
+
+
+@pytest.mark.parametrize("arch", [TINY, ATTENTIVE])
+@pytest.mark.parametrize("texts", SAYING_NOTHING.values(), ids=SAYING_NOTHING)
+def test_sources_that_say_nothing_have_short_rollouts_and_a_finite_loss(nb, task, arch, texts):
+    odd = replace(task.train["D"].take(slice(0, 4)), sources=texts)
+    words = [row[row != PAD] for row in task.encode(odd).batch(torch.arange(4))["input_ids"]]
+    blank = task.tokenizer.convert_tokens_to_ids("▁")
+    assert all(row[-1] == EOS and set(row[:-1].tolist()) <= {UNK, blank} for row in words)
+    assert all((UNK in row) == bool(text) for row, text in zip(words, texts, strict=True))
+    student, teacher = student_of(nb, task, arch=arch), nb.as_teacher(student_of(nb, task, seed=1, arch=arch))
+    with torch.no_grad():  # so that no rollout ends by itself
+        (student.bias if arch == TINY else student.final_logits_bias[0])[EOS] = -30
+    for target in ("hard", "argmax", "full"):
+        batches, loss_fn = nb.imitation(
+            student, replace(task, train={"D": odd}), teacher, epochs=1, seed=0, beta=("constant", 0.5), target=target
+        )
+        (batch,) = batches.epoch(0)
+        assert batch["rolled"].any() and not batch["rolled"].all()
+        loss, _ = loss_fn(student, batch)
+        gradients = torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad])
+        assert loss.isfinite() and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+    batch = task.encode(odd).batch(torch.arange(4))
+    assert (nb.roll_out(student, batch, cap=40) != PAD).sum(1).tolist() == [int(1.5 * len(row) + 5) for row in words]
+
+
+@pytest.mark.parametrize("arch", [TINY, ATTENTIVE])
+def test_a_source_of_unknown_tokens_alone(nb, task, arch):
+    """Without the EOS that a data set would give it."""
+    student, teacher = student_of(nb, task, arch=arch), nb.as_teacher(student_of(nb, task, seed=1, arch=arch))
+    batch = reference_batch([2, 3], CAP)
+    batch |= {"input_ids": torch.full((2, 7), UNK), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    rollouts = nb.roll_out(student, batch, cap=CAP)
+    assert rollouts.min() >= 0 and rollouts.max() < len(task.tokenizer) and rollouts.shape[1] <= CAP
+    mixed = nb.mix(batch, torch.tensor([True, False]), rollouts[1:])
+    for target in ("hard", "argmax", "full"):
+        assert nb.imitation_loss(nb.logits_of(student, mixed), mixed, teacher, target=target).isfinite()
 
 
 # --- groups ------------------------------------------------------------------------------------------------
