@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MODEL, ARRAYS, RECORD = "model.safetensors", "arrays.safetensors", "run.json"
 _BUSY = "busy"  # another process holds the run
 
+_spent: dict[Path, float] = {}  # seconds of the runs that this process made or loaded, by folder
+
 
 @dataclass
 class Outcome:
@@ -171,8 +173,8 @@ def run_grid(
     rehearsal = scale.rehearsing()
     store = Path(store or files.home() / "runs") if not rehearsal else _rehearsal_store()
     tasks = _tasks(store / _slug(name), train, arms, seeds, shared)
-    found = {task.key: _load(task) for task in tasks}
-    todo = [task for task in tasks if found[task.key] is None]
+    found = {task.folder: _load(task) for task in tasks}
+    todo = [task for task in tasks if found[task.folder] is None]
     jobs = min(1 if rehearsal else jobs or scale.jobs(), len(todo))
     if progress:
         left = f"{len(todo)} to train on {jobs} process{'es' if jobs > 1 else ''}" if todo else "none to train"
@@ -184,7 +186,7 @@ def run_grid(
             f"{len(failures)} of {len(tasks)} runs failed, the others are stored; mend the cause and call "
             f"again, and only these are made\n{told}"
         )
-    return Runs(found[task.key] or _load(task) for task in tasks)
+    return Runs(found[task.folder] or _load(task) for task in tasks)
 
 
 def tune(
@@ -244,6 +246,15 @@ def tune(
             raise ValueError(f"no candidate of family {family!r} ran through; try smaller learning rates")
         chosen[family] = families[family][rows.loc[rows[metric].idxmax(), "number"]]
     return chosen, table.drop(columns=["arm", "number"])
+
+
+def spent() -> float:
+    """Seconds of all runs that this process's grids made or loaded, each once: what the chapter's training takes.
+
+    A loaded run counts with the seconds that it once took, so the sum does not depend on what the store holds. A grid
+    within a train function counts within that function's run, whose seconds hold it.
+    """
+    return sum(_spent.values())
 
 
 @functools.cache
@@ -398,7 +409,7 @@ def _train(task: _Task, train: Callable, shared: dict[str, Any]) -> None:
     work, began, divergence = task.folder / "work", time.perf_counter(), None
     work.mkdir(exist_ok=True)
     try:
-        with _seeded(task.seed):
+        with _seeded(task.seed), _counted_once():
             outcome = train(seed=task.seed, folder=work, **shared, **task.settings)
     except FloatingPointError as error:
         outcome, divergence = Outcome({}), str(error)
@@ -440,7 +451,7 @@ def _store(folder: Path, outcome: Outcome) -> dict[str, str]:
 
 
 def _load(task: _Task) -> Run | None:
-    """The stored run, or None where there is none that is whole."""
+    """The stored run, noted for :func:`spent`, or None where there is none that is whole."""
     path = task.folder / RECORD
     if not path.exists():
         return None
@@ -458,7 +469,19 @@ def _load(task: _Task) -> Run | None:
         path.unlink(missing_ok=True)
         return None
     shutil.rmtree(task.folder / "work", ignore_errors=True)  # of a process killed after its last write
+    _spent[task.folder] = run.seconds
     return run
+
+
+@contextlib.contextmanager
+def _counted_once() -> Iterator[None]:
+    """Runs of grids within a train function are in its own seconds: forget them in :func:`spent`."""
+    before = dict(_spent)
+    try:
+        yield
+    finally:
+        _spent.clear()
+        _spent.update(before)
 
 
 @contextlib.contextmanager

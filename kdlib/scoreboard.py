@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kdlib import files, metrics, scale
-from kdlib.runs import Runs
+from kdlib.runs import Runs, spent
 
 if TYPE_CHECKING:
     import pandas
@@ -132,8 +132,8 @@ def clone_folder() -> Path | None:
 def write_results(notebook: str, tables: dict[str, Any], settings: scale.Settings) -> Path | None:
     """Write ``<notebook>.<scale>.<hardware>.json``: settings, environment, and each table.
 
-    ``tables`` holds grids of runs (stored as per-seed metrics and wall seconds) or DataFrames. A rehearsal
-    writes nothing.
+    ``tables`` holds grids of runs (stored as per-seed metrics and wall seconds) or DataFrames. ``run_seconds`` is
+    what all runs of this process took, in the tables or not: :func:`kdlib.runs.spent`. A rehearsal writes nothing.
     """
     if scale.rehearsing():
         print("a rehearsal: no results are written")
@@ -143,7 +143,7 @@ def write_results(notebook: str, tables: dict[str, Any], settings: scale.Setting
         "seeds": list(settings.seeds), "environment": scale.environment(),
         "settings": _jsonable(vars(settings)), "tables": {name: _table(table) for name, table in tables.items()},
     }  # fmt: skip
-    content["run_seconds"] = round(sum(t["seconds"] for t in content["tables"].values() if "seconds" in t), 1)
+    content["run_seconds"] = round(spent(), 1)
     content["peak_memory_gb"] = round(_peak_memory_gb(), 2)
     path = results_folder() / f"{notebook}.{settings.scale}.{scale.hardware()}.json"
     files.write_json(path, content)

@@ -16,7 +16,7 @@ from torch import nn
 
 import kdlib as kd
 from kdlib import files
-from kdlib.runs import MODEL, RECORD, Outcome, run_grid
+from kdlib.runs import MODEL, RECORD, Outcome, run_grid, spent
 
 ROOT = Path(__file__).parents[1]
 ARMS = {"labels only": {"rate": 1.0}, "KD": {"rate": 2.0}}
@@ -42,6 +42,7 @@ def train(seed, folder, rate, data=None):
 def store(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KDLIB_REHEARSE", raising=False)
+    monkeypatch.setattr(kd.runs, "_spent", {})
     CALLS.clear()
     return tmp_path / "home" / "runs"
 
@@ -190,6 +191,45 @@ def test_a_rehearsal_neither_reads_nor_leaves_runs(store, monkeypatch):
     monkeypatch.delenv("KDLIB_REHEARSE")
     grid()
     assert len(CALLS) == 8
+
+
+# What all runs took ------------------------------------------------------------------------------------------
+
+
+def another_process():
+    """As a second process starts: nothing noted, everything in the store."""
+    kd.runs._spent.clear()
+    assert spent() == 0
+
+
+def test_every_run_counts_once_made_or_loaded():
+    first = grid()
+    total = sum(run.seconds for run in first)
+    assert spent() == pytest.approx(total) and total > 0
+    grid(seeds=(1, 0))
+    grid(arms={"KD": ARMS["KD"]})
+    assert spent() == pytest.approx(total)
+    more = grid(seeds=(0, 1, 2))
+    assert spent() == pytest.approx(sum(run.seconds for run in more)) and spent() > total
+    another_process()
+    assert len(grid()) == 4 and spent() == pytest.approx(total)
+
+
+def test_a_table_of_tuning_counts_though_it_is_no_grid_of_runs():
+    kd.tune("tuning", trial, {"narrow": [{"rate": 0.5}, {"rate": 1.0}]}, (0, 1), jobs=1)
+    made = [files.read_json(path)["seconds"] for path in (files.home() / "runs").rglob(RECORD)]
+    assert len(made) == 4 and spent() == pytest.approx(sum(made))
+
+
+def asks_for_teachers(seed, folder):
+    teachers = run_grid("inner", train, {"KD": {"rate": 2.0}}, [0], jobs=1, progress=False)
+    return Outcome({"accuracy": teachers[0].metrics["accuracy"]})
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_grid_within_a_run_counts_within_that_run(jobs):
+    outer = grid(asks_for_teachers, {"x": {}, "y": {}}, [0], jobs=jobs)
+    assert spent() == pytest.approx(sum(run.seconds for run in outer))
 
 
 # With processes ---------------------------------------------------------------------------------------------
@@ -351,3 +391,9 @@ def test_what_is_tuned_may_be_a_function_and_is_named_without_its_address():
     assert list(table["hook"]) == ["shifted(1, by=1)", "shifted(1, by=2)"]
     runs = run_grid("grid", called, {"arm": families["shift"][0]}, (0,), jobs=1)
     assert runs[0].settings == {"hook": "shifted(1, by=1)"}
+
+
+def test_two_arms_of_the_same_settings_keep_their_names():
+    arms = {"one": ARMS["KD"], "other": ARMS["KD"]}
+    for _ in range(2):  # made, then loaded
+        assert [run.arm for run in grid(arms=arms, seeds=(0,))] == ["one", "other"]

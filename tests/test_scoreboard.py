@@ -8,7 +8,7 @@ import pytest
 
 import kdlib as kd
 from kdlib import files, scoreboard
-from kdlib.runs import Run, Runs
+from kdlib.runs import Outcome, Run, Runs
 
 
 def run(arm, seed, value, folder, diverged=False):
@@ -93,6 +93,28 @@ def test_a_results_file_holds_every_seed_and_little_else(runs, tmp_path, monkeyp
     assert rows[-1]["diverged"] and content["tables"]["profile"]["rows"][1] == {"x": 2, "y": None}
     assert content["seeds"] == [0, 1, 2] and content["settings"]["epochs"] == 2 and "torch" in content["environment"]
     assert len(text) < 5000 and content["tables"]["students"]["seconds"] == 1.5 * 7
+
+
+def train(seed, folder, arm):
+    return Outcome({"accuracy": float(seed)})
+
+
+def test_run_seconds_are_of_every_run_of_the_process_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(kd.runs, "_spent", {})
+    settings = kd.settings(**dict.fromkeys(("smoke", "lab", "full"), dict(epochs=2, seeds=3)))
+
+    def chapter(tables):
+        grids = [kd.run_grid(name, train, {"KD": {"arm": "KD"}}, [0, 1], jobs=1) for name in ("sweep", "main")]
+        return files.read_json(kd.write_results("99_toy", tables(*grids), settings))["run_seconds"]
+
+    chapter(lambda sweep, main: {})
+    for number, path in enumerate(sorted((files.home() / "runs").rglob("run.json"))):
+        files.write_json(path, files.read_json(path) | {"seconds": 10.0**number})
+    assert chapter(lambda sweep, main: {"sweep": sweep.frame(), "main": main}) == 1111.0  # a frame has no seconds
+    assert chapter(lambda sweep, main: {"main": main, "again": main}) == 1111.0
+    kd.runs._spent.clear()  # another process
+    assert chapter(lambda sweep, main: {"main": main}) == 1111.0
 
 
 def test_published_shows_the_larger_scale_first(runs, tmp_path, monkeypatch):
