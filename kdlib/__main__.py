@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--rehearse", action="store_true", help="a few batches of a few examples: parameters, memory, hours"
     )
+    run.add_argument("--record", action="store_true", help="with --rehearse: keep the estimates, for the headers")
     run.add_argument("--in-place", action="store_true", help="write the outputs back into notebooks/")
     run.add_argument("--out", type=Path, help="folder for executed notebooks and figures")
     commands.add_parser("doctor", help="what this machine can run, and what is missing")
@@ -89,8 +90,11 @@ def _run(args: argparse.Namespace) -> bool:
         options["KDLIB_REHEARSE"] = "1"
     if args.in_place and args.rehearse:
         raise ValueError("a rehearsal's outputs are not results; leave out --in-place")
+    if args.record and not args.rehearse:
+        raise ValueError("--record keeps what a rehearsal estimated; give it together with --rehearse")
     chosen = chapters.chapters(args.chapters)
-    return all([execute.run(chapter, options, out=args.out, in_place=args.in_place) for chapter in chosen])
+    more = {"out": args.out, "in_place": args.in_place, "record": args.record}
+    return all([execute.run(chapter, options, **more) for chapter in chosen])
 
 
 def _export(args: argparse.Namespace) -> bool:

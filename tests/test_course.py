@@ -12,7 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from kdlib import __main__ as cli
 from kdlib import files, scoreboard
-from kdlib.course import band, cells, chapters, execute, results, stamp, student
+from kdlib.course import band, cells, chapters, execute, rehearsals, results, stamp, student
 from kdlib.course.chapters import Chapter, Headline
 
 SETUP = """import kdlib as kd
@@ -146,6 +146,57 @@ def test_rehearsal_runs_the_cells_and_prints_the_cost(chapter, tmp_path, capfd):
     said = capfd.readouterr().out
     assert "hours on a T4" in said and "planned steps" in said and "Linear" in said
     assert not list((chapters.root() / "results").iterdir()), "a rehearsal has no results"
+
+
+def test_a_recorded_rehearsal_is_kept_beside_others_and_stands_in_the_header(executed, tmp_path, capfd):
+    path = chapters.root() / "results" / "rehearsals.json"
+    old = {"runs": 8, "t4_hours": 5.0, "memory_gb": 1.0}
+    others = {"98_other": {"full": old}, "99_toy": {"smoke": old, "full": old}}
+    files.write_json(path, others)
+    notebook = cells.read(executed.path)
+    notebook.cells.append(code(REHEARSED))
+    cells.write(notebook, executed.path)
+    call = ["run", "99", "--scale", "full", "--rehearse", "--out", str(tmp_path / "out")]
+    assert cli.main(call) == 0 and files.read_json(path) == others, "only on request"
+    assert cli.main([*call, "--record"]) == 0
+    kept = files.read_json(path)
+    entry = kept["99_toy"].pop("full")
+    assert kept == {"98_other": {"full": old}, "99_toy": {"smoke": old}}
+    assert entry["runs"] == 1 and entry["memory_gb"] > 0 and entry["t4_hours"] > 0
+    assert set(entry) == {"runs", "t4_hours", "memory_gb", "date", "torch"}
+    header = stamp.header(executed)
+    assert "h on a T4 (estimated, 1 run) | 0.0 GB (estimated) | rehearsed only |" in header
+    assert "| `lab` | none | 0.0 min" in header and "Outputs below: `lab`" in header
+
+
+def test_a_header_says_of_each_scale_what_is_known_best(executed):
+    entry = {"runs": 24, "t4_hours": 12.34, "memory_gb": 3.21}
+    path = chapters.root() / "results" / "rehearsals.json"
+    files.write_json(path, {"99_toy": {"full": entry, "lab": entry}})
+    header = stamp.header(executed)
+    wanted = "| `full` | none | ≈ 12 h on a T4 (estimated, 24 runs) | 3.2 GB (estimated) | rehearsed only |"
+    assert wanted in header and header.count("rehearsed only") == 1, "lab was measured"
+    assert "| `smoke` | none | not yet measured | |  |" in header
+    files.write_json(path, {"99_toy": {"full": entry | {"t4_hours": 0.0123}}})
+    assert "≈ 0.012 h on a T4" in stamp.header(executed)
+
+
+def test_the_summary_adds_hours_and_takes_the_largest_memory(monkeypatch):
+    monkeypatch.delenv("KDLIB_REHEARSAL_LOG", raising=False)
+    facts = dict(parameters=1, rows=2, planned_steps=1000, step_flops=4.8e14, fixed_bytes=5e9, activation_bytes=1e9)
+    small = facts | dict(name="b", step_flops=2.4e14, fixed_bytes=1e9)
+    monkeypatch.setattr(rehearsals.rehearsal, "_records", [facts | dict(name="a"), small])
+    found = rehearsals.summary()
+    assert (found["runs"], found["memory_gb"]) == (2, 6.0)
+    assert found["t4_hours"] == 25.0  # 4.8e17 / 8e12 / 3600 = 16.67, and half of it
+    assert found["date"].count("-") == 2 and found["torch"]
+
+
+def test_a_rehearsal_of_no_run_is_not_recorded(chapter, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(rehearsals.rehearsal, "_records", [])
+    assert cli.main(["run", "99", "--rehearse", "--record", "--out", str(tmp_path / "out")]) == 1
+    assert "99_toy rehearsed no run" in capfd.readouterr().err
+    assert not list((chapters.root() / "results").iterdir())
 
 
 def test_in_place_keeps_tidy_outputs(executed):
@@ -315,6 +366,9 @@ def test_the_command_line_says_what_is_wrong(chapter, capsys):
     assert cli.main(["run", "42"]) == 2
     assert "there is no chapter '42'; there are 99" in capsys.readouterr().err
     assert cli.main(["run", "99", "--rehearse", "--in-place"]) == 2
+    capsys.readouterr()
+    assert cli.main(["run", "99", "--record"]) == 2
+    assert "--record keeps what a rehearsal estimated; give it together with --rehearse" in capsys.readouterr().err
 
 
 def test_run_from_the_command_line(chapter, tmp_path, capfd):

@@ -14,7 +14,7 @@ from nbclient.exceptions import CellExecutionError
 from tqdm.auto import tqdm
 
 from kdlib import files, rehearsal, scale, scoreboard
-from kdlib.course import cells
+from kdlib.course import cells, rehearsals
 from kdlib.course.chapters import Chapter
 from kdlib.course.results import lines
 
@@ -24,10 +24,18 @@ KERNEL_GONE = (
 )
 
 
-def run(chapter: Chapter, options: dict[str, str], *, out: Path | None = None, in_place: bool = False) -> bool:
+def run(
+    chapter: Chapter,
+    options: dict[str, str],
+    *,
+    out: Path | None = None,
+    in_place: bool = False,
+    record: bool = False,
+) -> bool:
     """Execute ``chapter`` with the environment variables ``options``; False if a cell failed.
 
-    The executed notebook goes to ``out`` (``executed`` in kdlib's home by default), or back into ``notebooks/``.
+    The executed notebook goes to ``out`` (``executed`` in kdlib's home by default), or back into ``notebooks/``. With
+    ``record``, a rehearsal's summary is kept in ``results/rehearsals.json``; False also if it rehearsed no run.
     """
     folder = out or files.home() / "executed" / (
         options["KDLIB_SCALE"] + ("-rehearsal" if "KDLIB_REHEARSE" in options else "")
@@ -51,9 +59,8 @@ def run(chapter: Chapter, options: dict[str, str], *, out: Path | None = None, i
             print(f"\n{failure}", file=sys.stderr)
             return False
         if scale.rehearsing():
-            print(rehearsal.report().to_string(index=False, float_format=lambda x: f"{x:,.4g}"))
-        else:
-            _print_results(chapter)
+            return _print_rehearsal(chapter, record)
+        _print_results(chapter)
     return True
 
 
@@ -78,6 +85,14 @@ def _execute(notebook, chapter: Chapter) -> str:
             except AssertionError:  # on Ctrl-C nbclient shuts the kernel down, and then stumbles over its absence
                 raise KeyboardInterrupt from None
     return ""
+
+
+def _print_rehearsal(chapter: Chapter, record: bool) -> bool:
+    print(rehearsal.report().to_string(index=False, float_format=lambda x: f"{x:,.4g}"))
+    if record and not rehearsals.record(chapter, scale.scale()):
+        print(f"{chapter.name} rehearsed no run: there is nothing to record", file=sys.stderr)
+        return False
+    return True
 
 
 def _print_results(chapter: Chapter) -> None:

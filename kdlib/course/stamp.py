@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 from kdlib import scoreboard
-from kdlib.course import cells
+from kdlib.course import cells, rehearsals
 from kdlib.course.chapters import Chapter, root
 
 REF = "main"  # what badges and the Colab cell open; a class that wants a frozen course puts a tag here
@@ -71,11 +72,11 @@ def between(text: str, name: str, content: str) -> str:
 def header(chapter: Chapter) -> str:
     """The first cell: badge, links, what each scale costs, when the outputs were made."""
     rows = ["| scale | data | training, all runs together | memory | measured on |", "|---|---|---|---|---|"]
-    found = {}
+    found, rehearsed = {}, rehearsals.recorded(chapter)
     for result in scoreboard.committed(chapter.name):
         found.setdefault(result["scale"], result)
     for scale, data in chapter.data.items():
-        rows.append(f"| `{scale}` | {data} | {_cost(found.get(scale))} |")
+        rows.append(f"| `{scale}` | {data} | {_cost(found.get(scale), rehearsed.get(scale))} |")
     largest = next((found[s] for s in ("full", "lab", "smoke") if s in found), None)
     made = ""
     if largest:
@@ -86,13 +87,21 @@ def header(chapter: Chapter) -> str:
     return "<!-- header -->\n" + links + "\n\n" + "\n".join(rows) + made
 
 
-def _cost(result: dict | None) -> str:
+def _cost(result: dict[str, Any] | None, rehearsed: dict[str, Any] | None) -> str:
+    """Three cells: what was measured, else what a rehearsal estimated."""
     if result is None:
-        return "not yet measured | | "
+        return _estimate(rehearsed) if rehearsed else "not yet measured | | "
     minutes = result["run_seconds"] / 60
     spent = f"{minutes:.1f} min" if minutes < 10 else f"{minutes:.0f} min"
     threads = " of one core" if result["hardware"].startswith("cpu") else ""
     return f"{spent}{threads} | {result['peak_memory_gb']:.1f} GB | {result['hardware']}"
+
+
+def _estimate(rehearsed: dict[str, Any]) -> str:
+    hours, count = rehearsed["t4_hours"], rehearsed["runs"]
+    spent = f"{hours:.2g}" if hours < 10 else f"{hours:.0f}"
+    runs = f"{count} run{'s' if count > 1 else ''}"
+    return f"≈ {spent} h on a T4 (estimated, {runs}) | {rehearsed['memory_gb']:.1f} GB (estimated) | rehearsed only"
 
 
 def stamp(chapter: Chapter, check: bool) -> bool:
