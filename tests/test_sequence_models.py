@@ -103,6 +103,30 @@ def test_a_state_does_not_grow(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_generation_reads_each_token_once(kind):
+    """Whatever a version of transformers calls its cache: lost, it would cost only time, and nobody would see."""
+    model, b, read = KINDS[kind]().eval(), batch(), []
+    forward = model.forward
+
+    def watched(*args, **given):
+        read.append(given["decoder_input_ids"].shape[1])
+        return forward(*args, **given)
+
+    model.forward = watched
+    arguments = dict(input_ids=b["input_ids"], attention_mask=b["attention_mask"], min_new_tokens=5, max_new_tokens=5)
+    cached = model.generate(**arguments, do_sample=False)
+    assert read == [1] * 5
+    read.clear()
+    assert torch.equal(model.generate(**arguments, do_sample=False, use_cache=False), cached) and read == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_and_generation_settings(kind):
     tokenizer = kd.data.train_subwords(["a b c d e f"] * 4, 30)
     model = KINDS[kind](tokenizer)
