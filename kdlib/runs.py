@@ -186,7 +186,9 @@ def run_grid(
             f"{len(failures)} of {len(tasks)} runs failed, the others are stored; mend the cause and call "
             f"again, and only these are made\n{told}"
         )
-    return Runs(found[task.folder] or _load(task) for task in tasks)
+    runs = Runs(found[task.folder] or _load(task) for task in tasks)
+    _spent.update({run.folder: run.seconds for run in runs})
+    return runs
 
 
 def tune(
@@ -451,7 +453,7 @@ def _store(folder: Path, outcome: Outcome) -> dict[str, str]:
 
 
 def _load(task: _Task) -> Run | None:
-    """The stored run, noted for :func:`spent`, or None where there is none that is whole."""
+    """The stored run, or None where there is none that is whole."""
     path = task.folder / RECORD
     if not path.exists():
         return None
@@ -469,7 +471,6 @@ def _load(task: _Task) -> Run | None:
         path.unlink(missing_ok=True)
         return None
     shutil.rmtree(task.folder / "work", ignore_errors=True)  # of a process killed after its last write
-    _spent[task.folder] = run.seconds
     return run
 
 

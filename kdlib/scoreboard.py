@@ -81,6 +81,35 @@ def duels(
     return pandas.DataFrame(rows, columns=columns).set_index("comparison")
 
 
+def change_of_lead(
+    runs: Runs | pandas.DataFrame,
+    pair: tuple[str, str],
+    other: Runs | pandas.DataFrame,
+    other_pair: tuple[str, str],
+    metric: str = "accuracy",
+    *,
+    unit: float = 100,
+) -> dict[str, Any]:
+    """How much larger the difference of ``pair`` is in ``runs`` than that of ``other_pair`` in ``other``, by seed.
+
+    Two verdicts that differ are no verdict on their difference; this is its 95 % t-interval.
+
+    Returns:
+        ``difference``, ``low``, ``high`` and ``n``, as a row of :func:`duels`; seeds that all four have count.
+
+    Raises:
+        ValueError: no such metric or arm.
+    """
+    leads = []
+    for found, (first, second) in ((runs, pair), (other, other_pair)):
+        wide = _wide(found, metric)
+        _check_arm(wide, first)
+        _check_arm(wide, second)
+        leads.append(wide[first] - wide[second])
+    change = metrics.t_interval((unit * (leads[0] - leads[1])).dropna().tolist())
+    return {"difference": change.mean, "low": change.low, "high": change.high, "n": change.n}
+
+
 def answer(question: str, duel: pandas.Series, wanted: str = "above") -> str:
     """A line that answers ``question`` ("Does KD beat labels?") by a row of :func:`duels`; ``wanted`` is the verdict of a yes."""
     other = "below" if wanted == "above" else "above"

@@ -141,3 +141,17 @@ def test_a_value_outside_its_band_is_said(tmp_path, monkeypatch, capsys):
     assert not kd.in_band("99_toy", {"gain": math.nan})
     monkeypatch.setenv("KDLIB_SCALE", "lab")
     assert kd.in_band("99_toy", {"gain": 1.5})
+
+
+def test_the_change_of_a_lead_is_that_of_paired_differences():
+    frame = pd.DataFrame([(arm, seed, value) for arm, values in {"a": [5, 7, 9], "b": [4, 4, 4]}.items()
+                          for seed, value in enumerate(values)], columns=["arm", "seed", "x"])  # fmt: skip
+    other = frame.assign(arm=frame["arm"].map({"a": "c", "b": "b"}), x=frame["x"].where(frame["arm"] == "b", 5))
+    found = kd.change_of_lead(frame, ("a", "b"), other, ("c", "b"), "x", unit=10)
+    alone = kd.metrics.t_interval([0, 20, 40])  # leads of 1, 3, 5 against 1, 1, 1
+    assert (found["difference"], found["low"], found["high"], found["n"]) == (20, alone.low, alone.high, 3)
+    assert kd.change_of_lead(frame, ("a", "b"), frame, ("a", "b"), "x")["difference"] == 0
+    one_less = other[other["seed"] > 0]
+    assert kd.change_of_lead(frame, ("a", "b"), one_less, ("c", "b"), "x")["n"] == 2
+    with pytest.raises(ValueError, match="no arm is called 'z'"):
+        kd.change_of_lead(frame, ("a", "z"), other, ("c", "b"), "x")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -48,9 +47,9 @@ def summary() -> dict[str, Any]:
     }
 
 
-def _rounded(value: float) -> float | None:
-    """To the three digits that an estimate may claim at most; JSON has no NaN."""
-    return float(f"{value:.3g}") if math.isfinite(value) else None
+def _rounded(value: float) -> float:
+    """To the three digits that an estimate may claim at most."""
+    return float(f"{value:.3g}")
 
 
 def _path() -> Path:
