@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import copyreg
 import dataclasses
 import functools
@@ -391,18 +392,20 @@ def _imports(node: ast.AST, scope: dict[str, Any]) -> dict[str, Any]:
             names = [(alias.asname or alias.name.split(".")[0], alias) for alias in statement.names]
             for name, alias in names:
                 if _ours(alias.name):
-                    found[name] = importlib.import_module(alias.name if alias.asname else name)
+                    with contextlib.suppress(ImportError):  # an optional one that is not there
+                        found[name] = importlib.import_module(alias.name if alias.asname else name)
         elif isinstance(statement, ast.ImportFrom):
             package = scope.get("__package__") or ""
             path = "." * statement.level + (statement.module or "")
             path = importlib.util.resolve_name(path, package) if statement.level else path
             if not _ours(path):
                 continue
-            module = importlib.import_module(path)
             for alias in statement.names:
-                if not hasattr(module, alias.name):
-                    importlib.import_module(f"{path}.{alias.name}")
-                found[alias.asname or alias.name] = getattr(module, alias.name)
+                with contextlib.suppress(ImportError):
+                    module = importlib.import_module(path)
+                    if not hasattr(module, alias.name):
+                        importlib.import_module(f"{path}.{alias.name}")
+                    found[alias.asname or alias.name] = getattr(module, alias.name)
     return found
 
 

@@ -185,6 +185,15 @@ def test_imports_inside_a_function_are_followed(in_process):
     assert key(in_process(loss)) != key(in_process(loss.replace("kd_loss", "hinton_loss")))
 
 
+def test_an_optional_import_that_fails_is_passed_over(in_process, tmp_path, monkeypatch):
+    (tmp_path / "needs_a_codec.py").write_text("import a_codec_that_nobody_has\nread = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "def train():\n    try:\n        from needs_a_codec import read\n    except ImportError:\n        read = {}\n    return read\n"
+    assert key(in_process(text.format(1))) != key(in_process(text.format(2)))
+    plain = "def train():\n    import needs_a_codec\n    return needs_a_codec.read\n"
+    assert len(key(in_process(plain))) == 64
+
+
 def test_a_modules_own_list_may_fill_up(in_process):
     module = in_process("seen = []\ndef train():\n    seen.append(1)\n")
     before = key(module)

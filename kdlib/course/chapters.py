@@ -53,6 +53,7 @@ CHAPTERS = (
          "full": f"{CIFAR}, CIFAR-100, 169 MB; GLUE, 600 MB; BERT and RoBERTa, 3 GB"},
         (
             Headline("students", "test", "labels", "images: every method at the same budget"),
+            Headline("pair ResNet-56 to ResNet-8, 32 px", "test", "labels", "fourteen times as many images, at 32 × 32: ResNet-56 to ResNet-8"),
             Headline("text sst2, BiLSTM", "test", "labels", "SST-2, BiLSTM student of a MiniLM teacher"),
             Headline("text trec, BiLSTM", "test", "labels", "TREC (6 classes), BiLSTM student of a MiniLM teacher"),
         ),

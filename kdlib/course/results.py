@@ -62,8 +62,10 @@ def _results() -> str:
     out = []
     for chapter in CHAPTERS:
         found = [result for result in scoreboard.committed(chapter.name) if result["scale"] != "smoke"]
+        if found:
+            out += [f"### {chapter.number} · {chapter.title}", ""]
         for result in found:
-            out += [f"### {chapter.number} · {chapter.title}", "", *lines(chapter, result)]
+            out += lines(chapter, result)
     return "\n".join(out).rstrip()
 
 
