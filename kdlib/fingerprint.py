@@ -28,18 +28,20 @@ from .scale import Settings
 
 _SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
 _NOT_OF_A_RUN = {"scale", "seeds", "jobs"}  # they say which runs are made and where, not how one is made
-_NEVER_RUNS = "kdlib.rehearsal"  # a run that is stored never calls it: it may change and the run stays what it was
+# What says how runs are counted and what they cost: it may change, and a run stays what it was.
+_ABOUT_RUNS = {"kdlib.fingerprint", "kdlib.rehearsal"}
 
 
 def fingerprint(*values: Any) -> str:
     """Hex SHA-256 of ``values``, the same in every process and on every machine.
 
-    Takes scalars, containers, tensors, arrays, models (weights, classes, plain attributes), settings, objects
-    that have a ``fingerprint`` string, whatever pickle can take apart, and functions and classes. A function
-    from a notebook, from kdlib or from a module that is not installed counts by its source without comments,
-    docstrings and annotations, by its defaults and closure, and by everything that it reaches; one from an
-    installed package, or one that only measures what a rehearsal costs, counts by its name. Of a module and of a notebook's settings, only the attributes that
-    are read count: a changed ``run.epochs`` matters to a function that reads ``run.epochs``.
+    Takes scalars, containers, tensors, arrays, models (weights, classes, plain attributes), settings, objects that
+    have a ``fingerprint`` string, whatever pickle can take apart, and functions and classes. A function from a
+    notebook, from kdlib or from a module that is not installed counts by its source without comments, docstrings and
+    annotations, by its defaults and closure, and by everything that it reaches; one from an installed package counts
+    by its name, and so does what measures a rehearsal or makes a fingerprint. Of a module and of a notebook's
+    settings, only the attributes that are read count: a changed ``run.epochs`` matters to a function that reads
+    ``run.epochs``.
 
     Raises:
         ValueError: something has no fingerprint, or its source is gone or was edited after it was imported.
@@ -239,7 +241,7 @@ def _plain(value: Any) -> bool:
 @functools.cache
 def _ours(module: str | None) -> bool:
     """Whether a module counts by its source: a notebook, kdlib, or a file that no installer put there."""
-    if not module or module == _NEVER_RUNS:
+    if not module or module in _ABOUT_RUNS:
         return False
     if module == "__main__" or module.split(".")[0] == "kdlib":
         return True

@@ -16,6 +16,7 @@ from kdlib.runs import Runs, spent
 if TYPE_CHECKING:
     import pandas
 
+_NOTHING = metrics.Interval(math.nan, math.nan, math.nan, 0)
 ORDER = ("smoke", "lab", "full")
 
 
@@ -95,7 +96,8 @@ def change_of_lead(
     Two verdicts that differ are no verdict on their difference; this is its 95 % t-interval.
 
     Returns:
-        ``difference``, ``low``, ``high`` and ``n``, as a row of :func:`duels`; seeds that all four have count.
+        ``difference``, ``low``, ``high`` and ``n``, as a row of :func:`duels`; seeds that all four have count, and
+        without one all is NaN.
 
     Raises:
         ValueError: no such metric or arm.
@@ -106,7 +108,7 @@ def change_of_lead(
         _check_arm(wide, first)
         _check_arm(wide, second)
         leads.append(wide[first] - wide[second])
-    change = metrics.t_interval((unit * (leads[0] - leads[1])).dropna().tolist())
+    change = _interval((unit * (leads[0] - leads[1])).dropna())
     return {"difference": change.mean, "low": change.low, "high": change.high, "n": change.n}
 
 
@@ -136,9 +138,12 @@ def _check_arm(wide: pandas.DataFrame, arm: str) -> None:
 def _difference(wide: pandas.DataFrame, first: str, second: str) -> metrics.Interval:
     """NaN of an arm with itself, or without a seed that both have."""
     both = wide[[first, second]].dropna() if first != second else wide[:0]
-    if both.empty:
-        return metrics.Interval(math.nan, math.nan, math.nan, 0)
-    return metrics.paired_difference(both[first], both[second])
+    return _interval(both[first] - both[second]) if len(both) else _NOTHING
+
+
+def _interval(values: pandas.Series) -> metrics.Interval:
+    """The t-interval of a mean; NaN without a value, as where all runs diverged or were only rehearsed."""
+    return metrics.t_interval(values.tolist()) if len(values) else _NOTHING
 
 
 def results_folder() -> Path:

@@ -208,6 +208,14 @@ def test_how_a_rehearsal_is_measured_does_not_act(monkeypatch):
     assert fingerprint(kd.fit) == before
 
 
+def test_how_a_fingerprint_is_made_does_not_act(monkeypatch):
+    """A teacher compares fingerprints, and its runs stay valid when their making is mended."""
+    before, module = fingerprint(kd.Teacher), sys.modules["kdlib.fingerprint"]
+    walk = module._imports
+    monkeypatch.setattr(module, "_imports", lambda node, scope: walk(node, scope))
+    assert fingerprint(kd.Teacher) == before
+
+
 def test_what_has_no_fingerprint_is_named_with_the_remedy(in_process):
     text = "import sys\nimport threading\nsys.modules[__name__].held = threading.Lock()\n"
     text += "def train():\n    return held\n"

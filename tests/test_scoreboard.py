@@ -153,5 +153,7 @@ def test_the_change_of_a_lead_is_that_of_paired_differences():
     assert kd.change_of_lead(frame, ("a", "b"), frame, ("a", "b"), "x")["difference"] == 0
     one_less = other[other["seed"] > 0]
     assert kd.change_of_lead(frame, ("a", "b"), one_less, ("c", "b"), "x")["n"] == 2
+    nothing = kd.change_of_lead(frame, ("a", "b"), other.assign(seed=other["seed"] + 10), ("c", "b"), "x")
+    assert nothing["n"] == 0 and all(math.isnan(nothing[name]) for name in ("difference", "low", "high"))
     with pytest.raises(ValueError, match="no arm is called 'z'"):
         kd.change_of_lead(frame, ("a", "z"), other, ("c", "b"), "x")
