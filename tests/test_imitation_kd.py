@@ -71,7 +71,7 @@ def task(nb):
 class Rule:
     """A teacher whose choice at a position is a known function of the whole prefix; it keeps what it was asked."""
 
-    name, fingerprint = "rule", "rule"
+    name, fingerprint, classes = "rule", "rule", None
 
     def __init__(self, vocabulary: int = 90) -> None:
         self.vocabulary, self.asked = vocabulary, []
@@ -462,6 +462,90 @@ def test_padding_changes_neither_the_loss_nor_its_gradient(nb, arch, target):
         wider, its_gradient = loss_and_gradient(read, write, more)
         assert torch.allclose(wider, loss, rtol=1e-5)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(its_gradient, gradient, strict=True))
+
+
+def test_a_teacher_of_as_many_but_other_tokens_is_refused(nb, task):
+    """As many logits, in another order: nothing would fail, and every target would be another word's."""
+    student, same = student_of(nb, task), nb.as_teacher(student_of(nb, task, seed=1), task.tokenizer)
+    assert same.classes == tuple(task.tokenizer.convert_ids_to_tokens(range(len(task.tokenizer))))
+    nb.imitation(student, task, same, epochs=1, seed=0)
+    other = kd.Teacher(same.model, name="other", inputs=nb.inputs_of, classes=same.classes[::-1])
+    with pytest.raises(ValueError, match="teacher 'other' speaks of other tokens.*one tokenizer.*SeqKD"):
+        nb.imitation(student, task, other, epochs=1, seed=0)
+
+
+def test_the_share_of_rollouts_that_were_cut_is_logged(nb, task, monkeypatch):
+    written = torch.tensor([[7, 8, EOS], [7, 8, 9], [7, EOS, PAD], [7, 8, 9]])
+    monkeypatch.setattr(nb.kd.decoding, "generate", lambda model, batch, **_: written[: len(batch["input_ids"])])
+    student = student_of(nb, task)
+    batches, loss_fn = nb.imitation(
+        student, task, Rule(len(task.tokenizer)), epochs=1, seed=0, beta=("constant", 0.0), target="full", group=1
+    )
+    _, logs = loss_fn(student, next(iter(batches.epoch(0))))
+    assert logs["rollouts"] == 1 and logs["rollouts cut"] == 0.5
+    plain, loss_fn = nb.imitation(student, task, Rule(len(task.tokenizer)), epochs=1, seed=0, target="full")
+    assert "rollouts cut" not in loss_fn(student, next(iter(plain.epoch(0))))[1]
+
+
+def lm_of(nb, task, seed=0):
+    torch.manual_seed(seed)
+    model = nb.language_model((16, 1), task.tokenizer).eval()
+    disturb(model, seed)
+    return model
+
+
+def prompt_batch():
+    sources = torch.tensor([[9, 8, 7, EOS], [9, EOS, PAD, PAD], [5, 6, EOS, PAD]])
+    batch = reference_batch([3, 1, 2], CAP)
+    return batch | {"input_ids": sources, "attention_mask": (sources != PAD).long()}
+
+
+def test_prompts_are_padded_on_the_left_and_end_by_asking(nb):
+    prompts, attention = nb.prompts_of(prompt_batch())
+    assert prompts.tolist() == [[9, 8, 7, EOS, BOS], [PAD, PAD, 9, EOS, BOS], [PAD, 5, 6, EOS, BOS]]
+    assert attention.tolist() == [[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_language_models_loss_is_that_of_its_rows_alone(nb, task, taught):
+    """An independent formula: every row by itself without any padding, shifted by hand, over the completion's tokens."""
+    student, teacher, batch = lm_of(nb, task), lm_of(nb, task, seed=1), prompt_batch()
+    loss = nb.lm_loss(student, kd.Teacher(teacher, name="t", inputs=nb.lm_inputs) if taught else None, batch, CAP)
+    terms = []
+    for source, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        prompt, words = [*source[source != PAD].tolist(), BOS], labels[labels != IGNORE].tolist()
+        row = torch.tensor([prompt + words])
+        log_q, log_p = (model(input_ids=row).logits[0].log_softmax(-1) for model in (student, teacher))
+        for place, word in enumerate(words, start=len(prompt)):
+            p = log_p[place - 1].exp()
+            terms.append((p * (log_p[place - 1] - log_q[place - 1])).sum() if taught else -log_q[place - 1, word])
+    assert torch.allclose(loss, torch.stack(terms).mean(), rtol=1e-4)
+
+
+def test_a_language_model_learns_on_policy_from_where_it_is(nb, task, monkeypatch):
+    """Its own writing is a constant: it carries no gradient, is drawn in evaluation mode, and a perfect student has no loss."""
+    student, asked = lm_of(nb, task).train(), []
+    itself = kd.Teacher(copy.deepcopy(student), name="itself", inputs=nb.lm_inputs)
+    write = nb.write_on
+    monkeypatch.setitem(
+        nb.lm_loss.__globals__, "write_on", lambda model, *a, **k: asked.append(write(model, *a, **k)) or asked[-1]
+    )
+    assert nb.lm_loss(student.eval(), itself, prompt_batch(), 5, share=1.0).detach().abs() < 1e-5
+    assert len(asked) == 1 and asked[0].shape[0] == 3 and not asked[0].requires_grad
+    assert not torch.isin(asked[0][:, :1], torch.tensor([PAD, BOS])).any()
+    student.train()
+    nb.lm_loss(
+        student,
+        lm_teacher := kd.Teacher(lm_of(nb, task, seed=2), name="t", inputs=nb.lm_inputs),
+        prompt_batch(),
+        5,
+        share=1.0,
+    ).backward()
+    assert (
+        student.training and not lm_teacher.model.training and any(p.grad.abs().max() > 0 for p in student.parameters())
+    )
+    nb.lm_loss(student, itself, prompt_batch(), 5, share=0.0)
+    assert len(asked) == 2
 
 
 def test_another_vocabulary_and_an_unknown_target_are_refused(nb):

@@ -23,7 +23,7 @@ if "google.colab" in sys.modules:
     if not os.path.exists("/content/kdlib"):
         clone = ["git", "-c", "advice.detachedHead=false", "clone", "-q", "--depth", "1", "--branch", "{ref}"]
         subprocess.run([*clone, "{address}", "/content/kdlib"], check=True)
-    needed = ("accelerate", "cloudpickle", "datasets", "filelock", "joblib", "safetensors", "tokenizers")
+    needed = ("accelerate", "cloudpickle", "datasets", "filelock", "joblib", "rouge_score", "sacrebleu", "safetensors", "tokenizers")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:  # what is there stays as it is: torch, torchvision, transformers and numpy above all
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", *missing], check=True)
