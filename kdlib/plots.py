@@ -193,8 +193,10 @@ def forest(
         rows: the rows to show, in this order; one that ``table`` lacks stays empty, so panels side by side agree.
         widest: the end of the axis on either side; an arrow marks an interval that goes on beyond it.
     """
-    table = table.dropna(subset=["difference"])
-    rows = list(table.index if rows is None else rows)
+    known = table.dropna(subset=["difference"])
+    if rows is None:
+        rows = (known if len(known) else table).index  # a rehearsal knows none, and still shows what will be compared
+    table, rows = known, list(rows)
     if ax is None:
         _, ax = plt.subplots(figsize=(6.6, 0.8 + 0.36 * len(rows)))
     for y, name in enumerate(rows):

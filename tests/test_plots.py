@@ -192,3 +192,10 @@ def test_panels_of_forests_agree_on_their_rows_and_cut_what_is_too_wide():
 def test_outside_a_notebook_nothing_is_printed(capsys):
     kd.show(line(), alt=ALT, name="quiet")
     assert capsys.readouterr().out == ""
+
+
+def test_a_forest_without_a_value_still_names_its_rows():
+    nothing = pd.DataFrame({"difference": [float("nan")] * 2, "low": 0.0, "high": 0.0}, index=["a − b", "a − c"])
+    fig = kd.plots.forest(nothing, xlabel="difference, points")
+    assert [label.get_text() for label in fig.axes[0].get_yticklabels()] == ["a − b", "a − c"]
+    plt.close(fig)
