@@ -1,4 +1,4 @@
-"""Letting an encoder-decoder write: rollouts for training, hypotheses for a score."""
+"""Letting a model write: rollouts for training, hypotheses for a score."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def generate(
     model writes in evaluation mode; afterwards every module is in the mode it was in, also after an error.
 
     Args:
-        model: a ``transformers`` encoder-decoder, such as those of :mod:`kdlib.sequence_models`.
+        model: a ``transformers`` encoder-decoder, such as those of :mod:`kdlib.sequence_models`, or a decoder-only
+            language model, whose ``input_ids`` are prompts padded on the left.
         batch: with ``input_ids`` and ``attention_mask`` [B, Lx].
         max_length: most tokens to write, with EOS.
         num_beams: 1 is greedy search, or sampling with ``top_k``.
@@ -55,16 +56,19 @@ def generate(
     if top_k is not None and num_beams > 1:
         raise ValueError(f"top_k is {top_k} and num_beams {num_beams}; sample from one beam, or search without top_k")
     names, device = model.generation_config, next(model.parameters()).device
+    read = 1 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]  # columns that the model did not write
+    start = names.bos_token_id if names.decoder_start_token_id is None else names.decoder_start_token_id
     settings: dict[str, Any] = (
         {"do_sample": True, "top_k": top_k, "temperature": 1.0, "top_p": 1.0} if top_k else {"do_sample": False}
     )
-    with _evaluating(model), _drawing_from(generator, device):
+    # Under a training loop's autocast torch would keep low-precision copies of the weights that carry no gradient.
+    with _evaluating(model), _drawing_from(generator, device), torch.autocast(device.type, enabled=False):
         written = model.generate(
             input_ids=batch["input_ids"].to(device), attention_mask=batch["attention_mask"].to(device),
             max_new_tokens=max_length, num_beams=num_beams, use_cache=use_cache, forced_eos_token_id=None,
-            suppress_tokens=[names.pad_token_id, names.decoder_start_token_id], **settings,
+            suppress_tokens=[names.pad_token_id, start], **settings,
         )  # fmt: skip
-    written = written[:, 1:]
+    written = written[:, read:]
     ends = torch.isin(written, torch.as_tensor(names.eos_token_id, device=device))
     # a beam that ended early is filled with EOS where PAD is token 0
     return written.masked_fill(ends.cumsum(1) - ends.long() > 0, names.pad_token_id)

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import kdlib as kd
 from kdlib.data.sequence_sets import SequenceSet
@@ -237,3 +238,35 @@ def test_a_rehearsal_writes_four_tokens_for_each_of_its_rows(tokenizer, monkeypa
     texts = decode(KINDS["gru"](tokenizer), tokens, tokenizer, max_length=50)
     assert len(texts) == 64 == len(tokens) and all(len(text.split()) <= 4 for text in texts)
     assert 0 <= kd.metrics.bleu(texts, tokens.source.targets) <= 100
+
+
+def language_model():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, n_positions=32, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.3)
+    return lively(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)))
+
+
+@torch.no_grad()
+def test_a_language_model_goes_on_from_prompts_padded_on_the_left():
+    model, right = language_model().train(), batch(rows=12)
+    order = right["attention_mask"].argsort(dim=1, stable=True)
+    left = {name: value.gather(1, order) for name, value in right.items()}
+    written = generate(model, left, max_length=6)
+    assert model.training and (written[:, 0] != PAD).all()
+    model.eval()
+    for row, (tokens, mask) in enumerate(zip(right["input_ids"], right["attention_mask"], strict=True)):
+        text = tokens[mask.bool()][None]  # alone, without padding
+        for _ in range(6):
+            z = model(input_ids=text).logits[:, -1]
+            z[:, [PAD, BOS]] = -torch.inf
+            text = torch.cat([text, z.argmax(-1, keepdim=True)], 1)
+            if text[0, -1] == EOS:
+                break
+        wanted = text[0, int(mask.sum()) :]
+        assert written[row, : len(wanted)].tolist() == wanted.tolist() and (written[row, len(wanted) :] == PAD).all()
+
+
+def test_inside_a_training_loops_autocast_words_are_those_of_full_precision(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = generate(model, batch(), max_length=6)
+    assert torch.equal(inside, generate(model, batch(), max_length=6))

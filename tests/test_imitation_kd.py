@@ -501,9 +501,9 @@ def prompt_batch():
 
 
 def test_prompts_are_padded_on_the_left_and_end_by_asking(nb):
-    prompts, attention = nb.prompts_of(prompt_batch())
-    assert prompts.tolist() == [[9, 8, 7, EOS, BOS], [PAD, PAD, 9, EOS, BOS], [PAD, 5, 6, EOS, BOS]]
-    assert attention.tolist() == [[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    prompts = nb.prompts_of(prompt_batch())
+    assert prompts["input_ids"].tolist() == [[9, 8, 7, EOS, BOS], [PAD, PAD, 9, EOS, BOS], [PAD, 5, 6, EOS, BOS]]
+    assert prompts["attention_mask"].tolist() == [[1] * 5, [0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("taught", [True, False])
@@ -526,10 +526,8 @@ def test_a_language_model_learns_on_policy_from_where_it_is(nb, task, monkeypatc
     """Its own writing is a constant: it carries no gradient, is drawn in evaluation mode, and a perfect student has no loss."""
     student, asked = lm_of(nb, task).train(), []
     itself = kd.Teacher(copy.deepcopy(student), name="itself", inputs=nb.lm_inputs)
-    write = nb.write_on
-    monkeypatch.setitem(
-        nb.lm_loss.__globals__, "write_on", lambda model, *a, **k: asked.append(write(model, *a, **k)) or asked[-1]
-    )
+    write = nb.kd.decoding.generate
+    monkeypatch.setattr(nb.kd.decoding, "generate", lambda *a, **k: asked.append(write(*a, **k)) or asked[-1])
     assert nb.lm_loss(student.eval(), itself, prompt_batch(), 5, share=1.0).detach().abs() < 1e-5
     assert len(asked) == 1 and asked[0].shape[0] == 3 and not asked[0].requires_grad
     assert not torch.isin(asked[0][:, :1], torch.tensor([PAD, BOS])).any()
@@ -1080,13 +1078,15 @@ def test_divergence_by_position_counts_what_training_counts(nb, task):
     data = task.encode(task.test)
     outputs = nb.answers(teacher.model, data, CAP)
     for own in (None, outputs):
-        same, entropy = nb.kl_by_position(teacher.model, teacher, data, CAP, own, batch_size=4)
-        counted = ~same.isnan()
+        kl, entropy, agreed = nb.kl_by_position(teacher.model, teacher, data, CAP, own, batch_size=4)
+        counted = ~kl.isnan()
         expected = data.target_lengths if own is None else (nb.lengths(own) + 1).clamp(max=CAP)
         assert counted.sum(1).tolist() == expected.tolist()
-        assert same[counted].abs().max() < 1e-5 and entropy[counted].min() > 0
-        other, _ = nb.kl_by_position(student_of(nb, task, seed=4).eval(), teacher, data, CAP, own, batch_size=4)
+        assert kl[counted].abs().max() < 1e-5 and entropy[counted].min() > 0
+        assert (agreed[counted] == 1).all() and torch.equal(~agreed.isnan(), counted)
+        other, _, rarely = nb.kl_by_position(student_of(nb, task, seed=4).eval(), teacher, data, CAP, own, batch_size=4)
         assert (other[counted] > 0).all() and torch.equal(~other.isnan(), counted)
+        assert rarely[counted].mean() < 1 and set(rarely[counted].tolist()) <= {0.0, 1.0}
 
 
 def test_outputs_that_never_end_and_their_lengths(nb):
