@@ -4,7 +4,7 @@ BIN := .venv/bin
 CONSTRAINTS ?=
 
 .PHONY: run test lab lint clean
-run: .venv/.ready       ## every notebook on embedded data
+run: .venv/.ready       ## every lesson on embedded data
 	$(BIN)/python -m kdlib run all --scale smoke
 
 test: .venv/.ready      ## unit tests and every notebook, in parallel processes of one thread each
@@ -14,7 +14,7 @@ lab: .venv/.ready       ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 lint: .venv/.ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check kdlib tests
+	$(BIN)/ruff check . && $(BIN)/ruff format --check kdlib tests notebooks/exercises
 
 clean:
 	rm -rf .venv

@@ -8,64 +8,75 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 
 def home() -> Path:
-    """The folder of runs, caches and packs: ``KDLIB_HOME``, else ``~/.cache/kdlib``."""
-    return Path(os.environ.get("KDLIB_HOME") or Path.home() / ".cache" / "kdlib").expanduser()
+    """The folder of runs, caches and packs: ``KDLIB_HOME``, else ``~/.cache/kdlib``.
+
+    Raises:
+        OSError: this machine knows no home folder, and ``KDLIB_HOME`` names none.
+    """
+    try:
+        return Path(os.environ.get("KDLIB_HOME") or Path.home() / ".cache" / "kdlib").expanduser().absolute()
+    except RuntimeError as error:
+        raise OSError("this machine knows no home folder; set KDLIB_HOME to a folder that you may write to") from error
 
 
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it becomes ``path``, on failure it goes.
 
-    The bytes are on disk (fsync) before the rename, so a reader, or a machine that loses power,
-    sees the old file or the new one, never half of one. A full disk is told with what is free.
+    A reader, a killed process or a machine that loses power leaves the old file or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written; says how much is free there and what to set.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    with _telling(path.parent):
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+            part = Path(place) / path.name
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            _replace(part, path)
+
+
+def _replace(part: Path, path: Path) -> None:
+    """``os.replace``; on Windows another program (a scanner, a reader) may hold the old file for a moment."""
+    for wait in (0.05, 0.2, 1.0):
+        try:
+            return os.replace(part, path)
+        except PermissionError:
+            time.sleep(wait)
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Make a folder, and say what a reader can do if it cannot be written."""
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(part, 0o666 & ~_umask())  # mkstemp's own mode lets nobody else read it
-        os.replace(part, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
-        raise OSError(
-            error.errno,
-            f"could not write {path} ({error.strerror or error}); {free:,.0f} MB are free there. "
-            "Free some space, or point KDLIB_HOME at a larger disk, and start again: nothing was lost",
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+        free = shutil.disk_usage(there).free // 10**6
+        told = f"could not write in {folder} ({error.strerror or error}; {free:,} MB are free there)"
+        advice = f"free some space, or set KDLIB_HOME=/a/folder/you/may/write/to (now {home()})"
+        raise OSError(error.errno, f"{told}; {advice}") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -79,37 +90,25 @@ def read_json(path: str | Path) -> Any:
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], meta: dict[str, Any] | None = None) -> None:
-    """Write tensors and a JSON-able ``meta`` into one safetensors file, atomically."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors into one safetensors file, atomically."""
     with atomic(path) as part:
-        try:
-            save_file(whole, str(part), metadata={"kdlib": json.dumps(meta or {})})
-        except SafetensorError as error:  # what a full disk looks like from there
-            raise OSError(None, str(error)) from error
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, part)
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read what :func:`write_tensors` wrote: ``(tensors, meta)``. A damaged file raises ValueError."""
-    from safetensors import SafetensorError, safe_open
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read what :func:`write_tensors` wrote, into memory: a file that stays open could not be replaced on Windows.
 
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("kdlib", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, meta
-    except (SafetensorError, json.JSONDecodeError) as error:
+        return load(Path(path).read_bytes())
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
-@contextlib.contextmanager
-def lock(path: str | Path) -> Iterator[None]:
+def lock(path: str | Path) -> FileLock:
     """Hold ``path``.lock: one process at a time; the operating system frees it if the holder dies."""
-    from filelock import FileLock
-
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        yield
+    with _telling(Path(path).parent):
+        return FileLock(f"{path}.lock")

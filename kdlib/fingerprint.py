@@ -1,225 +1,66 @@
-"""One hash of everything that made a result: values, tensors, models, and functions with all they reach."""
+"""One hash of what makes a run: its settings, its data, and the code that it reaches.
+
+Own code (a notebook's, kdlib's, your files') counts as it is in memory, function by function and as compiled: what runs
+is what counts, also after an edit, a reload or a patch, and comments, layout, docstrings and annotations are nothing. Of
+an installed library only the names count of what is taken from it, and what was patched into its classes.
+"""
 
 from __future__ import annotations
 
-import ast
-import builtins
 import contextlib
 import copyreg
-import dataclasses
-import functools
+import dis
 import hashlib
-import importlib
 import importlib.util
-import linecache
-import symtable
+import os
+import random
 import sys
 import sysconfig
 import types
-from collections.abc import Iterable
-from pathlib import Path
+import weakref
+from collections.abc import Iterator
+from functools import _lru_cache_wrapper, cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .scale import Settings
+from kdlib.scale import Settings
 
-_SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...))
-_NOT_OF_A_RUN = {"scale", "seeds", "jobs"}  # they say which runs are made and where, not how one is made
-# What says how runs are counted and what they cost: it may change, and a run stays what it was.
-_ABOUT_RUNS = {"kdlib.fingerprint", "kdlib.rehearsal"}
+SCALARS = (type(None), bool, int, float, complex, str, bytes, type(...), type(NotImplemented))
+# These may change, and a run stays what it was: how runs are kept, counted, rehearsed and shown.
+ABOUT_RUNS = {f"kdlib.{room}" for room in "course files fingerprint plots rehearsal runs scoreboard".split()}
+# Of the process, not of a run: the grid seeds these generators, and what is read from the environment is not seen.
+AMBIENT = {id(os.environ), id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
+# Of a class, what Python makes; of a module, what changes with its use and not with what it computes.
+MADE = {f"__{name}__" for name in "module dict weakref doc firstlineno static_attributes slotnames".split()} | {
+    "_abc_impl"
+}
+LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+PLAIN = {Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor)}  # classes of tensors that are nothing but their values
+WRAPPERS = (staticmethod, classmethod, types.MethodType, property, cached_property, _lru_cache_wrapper)
+WRAPPED = ("__func__", "__self__", "__wrapped__", "fget", "fset", "func")
+FILLS = {"append", "extend", "add", "update", "clear"}  # a list that a run only writes to is no part of what it reads
+MODE = {"training", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_is_full_backward_hook"}
 
 
-def fingerprint(*values: Any) -> str:
-    """Hex SHA-256 of ``values``, the same in every process and on every machine.
+def fingerprint(*values: Any, memo: dict[int, Any] | None = None) -> str:
+    """Hex SHA-256 of ``values``, the same in every process.
 
-    Takes scalars, containers, tensors, arrays, models (weights, classes, plain attributes), settings, objects that
-    have a ``fingerprint`` string, whatever pickle can take apart, and functions and classes. A function from a
-    notebook, from kdlib or from a module that is not installed counts by its source without comments, docstrings and
-    annotations, by its defaults and closure, and by everything that it reaches; one from an installed package counts
-    by its name, and so does what measures a rehearsal or makes a fingerprint. Of a module and of a notebook's
-    settings, only the attributes that are read count: a changed ``run.epochs`` matters to a function that reads
-    ``run.epochs``.
+    An object counts with all that it holds and with its class; one with a string ``fingerprint`` by that. A model counts
+    without its mode. What a function reads from files, from the environment or by a name made at run time is not seen.
+
+    Args:
+        memo: shared by calls between which nothing changes, so that each object is read once.
 
     Raises:
-        ValueError: something has no fingerprint, or its source is gone or was edited after it was imported.
+        ValueError: something has no fingerprint.
     """
-    return _Walk().named("this value", values).hex()
+    return _Walk({} if memo is None else memo).of(values).hex()
 
 
-class _NoFingerprint(Exception):
-    """Something that pickle cannot take apart: a lock, an open file, a generator."""
-
-
-class _Walk:
-    """One traversal: remembers what it has hashed and stops at what it is in the middle of."""
-
-    def __init__(self) -> None:
-        self.done: dict[int, tuple[bytes, Any]] = {}  # the object is kept so that its id stays its own
-        self.under_way: set[int] = set()
-
-    def of(self, value: Any) -> bytes:
-        if isinstance(value, _SCALARS):
-            return _hash(type(value).__name__, repr(value))
-        if id(value) in self.done:
-            return self.done[id(value)][0]
-        if id(value) in self.under_way:
-            return _hash("cycle", getattr(value, "__qualname__", type(value).__qualname__))
-        self.under_way.add(id(value))
-        try:
-            digest = self._of(value)
-        finally:
-            self.under_way.discard(id(value))
-        self.done[id(value)] = (digest, value)
-        return digest
-
-    def _of(self, value: Any) -> bytes:
-        if type(value) in (list, tuple):
-            return _hash(type(value).__name__, *map(self.of, value))
-        if type(value) in (set, frozenset):
-            return _hash("set", *sorted(map(self.of, value)))
-        if type(value) in (dict, types.MappingProxyType):
-            items = sorted(value.items(), key=lambda item: repr(item[0]))
-            return _hash("dict", *sorted(self.of(key) + self.of(item) for key, item in items))
-        if isinstance(value, Settings):
-            return self.of({name: item for name, item in vars(value).items() if name not in _NOT_OF_A_RUN})
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            return _hash("tensor", str(value.dtype), str(tuple(value.shape)), flat.numpy().data)
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            return _hash("array", str(value.dtype), str(value.shape), value.tobytes())
-        if isinstance(value, types.ModuleType):
-            return self._module(value)
-        if isinstance(value, type):
-            return self._class(value)
-        if isinstance(getattr(value, "fingerprint", None), str):
-            return _hash("fingerprint", value.fingerprint, self.of(type(value)))
-        if isinstance(value, types.MethodType):
-            return _hash("method", value.__name__, self.of(value.__self__), self.of(value.__func__))
-        if isinstance(value, (staticmethod, classmethod)):
-            return _hash(type(value).__name__, self.of(value.__func__))
-        if isinstance(value, property):
-            return _hash("property", self.of(value.fget), self.of(value.fset))
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if hasattr(value, "__wrapped__") and callable(value):  # functools.lru_cache
-            return _hash("wrapped", self.of(value.__wrapped__))
-        if isinstance(value, nn.Module):
-            return self._model(value)
-        return self._by_parts(value)
-
-    def _by_parts(self, value: Any) -> bytes:
-        """What pickle would store of an object, without its dependence on order and identity."""
-        try:
-            reduce = copyreg.dispatch_table.get(type(value))
-            parts = reduce(value) if reduce else value.__reduce_ex__(2)
-        except Exception as error:
-            raise _NoFingerprint(f"a {type(value).__qualname__} has no fingerprint ({error})") from error
-        if isinstance(parts, str):
-            return _hash("name", type(value).__qualname__, _name(value, parts))
-        items = [list(part) if isinstance(part, Iterable) and n > 2 else part for n, part in enumerate(parts)]
-        return _hash("object", *map(self.of, items))
-
-    def _model(self, model: nn.Module) -> bytes:
-        parts = []
-        for name, module in model.named_modules():
-            plain = {key: item for key, item in vars(module).items() if key != "training" and _plain(item)}
-            parts += [name, self.of(type(module)), self.of(plain)]
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            parts += [name, self.of(tensor)]
-        return _hash("model", *parts)
-
-    def _module(self, module: types.ModuleType) -> bytes:
-        if not _ours(module.__name__) or not getattr(module, "__file__", None):
-            return _hash("name", module.__name__)
-        return self._source(module.__name__, [_source(module.__file__).tree], vars(module), {})
-
-    def _function(self, function: types.FunctionType) -> bytes:
-        original = getattr(function, "__wrapped__", None)  # functools.wraps, torch.no_grad()
-        if not _ours(function.__globals__.get("__name__")):
-            return _hash("name", _name(function, function.__qualname__), *([self.of(original)] if original else []))
-        nodes = _find(function)
-        defaults = [function.__defaults__, function.__kwdefaults__, original]
-        extra = [self.named(f"a default of {function.__qualname__}", defaults)]
-        if len(nodes) > 1:  # lambdas that share a line: the code says which this is
-            code = function.__code__
-            extra.append(_hash(code.co_code, repr(code.co_consts), repr(code.co_names), repr(code.co_varnames)))
-        closure = _closure(function)
-        return _hash("function", self._source(function.__qualname__, nodes, function.__globals__, closure), *extra)
-
-    def _class(self, cls: type) -> bytes:
-        if not _ours(cls.__module__):
-            return _hash("name", _name(cls, cls.__qualname__))
-        bases = [self.of(base) for base in cls.__mro__[1:] if _ours(base.__module__)]
-        methods = _methods(cls)
-        node = _find_class(cls, methods)
-        if node is None:  # a notebook's class without methods: what it holds is all there is
-            return _hash("class", cls.__qualname__, *bases, self._attributes(cls))
-        scope = methods[0].__globals__ if methods else vars(sys.modules[cls.__module__])
-        closure = {name: item for method in methods for name, item in _closure(method).items()}
-        return _hash("class", *bases, self._source(cls.__qualname__, [node], scope, closure))
-
-    def _attributes(self, cls: type) -> bytes:
-        held = {name: item for name, item in vars(cls).items() if not name.startswith("__")}
-        fields = vars(cls).get("__dataclass_fields__", {}).values()
-        factories = {field.name: field.default_factory for field in fields}
-        annotations = {name: str(item) for name, item in vars(cls).get("__annotations__", {}).items()}
-        return self.named(f"something in the class {cls.__qualname__}", [held, factories, annotations])
-
-    def _source(self, owner: str, nodes: list[ast.AST], scope: dict[str, Any], closure: dict[str, Any]) -> bytes:
-        """Hash some source and, by name, everything that it reaches."""
-        parts: list[Any] = []
-        for node in nodes:
-            text, uses = _normal(node)
-            parts.append(text)
-            imported = _imports(node, scope)
-            for name, chain in uses:
-                for space in (imported, closure, scope):
-                    if name in space:
-                        dotted = ".".join((name, *chain))
-                        parts += [dotted, self._reach(owner, dotted, space[name], name, chain, scope)]
-                        break
-        return _hash("source", *parts)
-
-    def _reach(self, owner: str, dotted: str, value: Any, name: str, chain: tuple[str, ...], scope: dict) -> bytes:
-        """Follow ``name.a.b`` through modules and settings as far as they go, and hash what is there."""
-        module = scope.get("__name__", "")
-        for attribute in chain:
-            if isinstance(value, types.ModuleType) and _ours(value.__name__):
-                module = value.__name__
-            elif not isinstance(value, Settings):
-                break
-            if not hasattr(value, attribute):
-                return _hash("absent")
-            value, name = getattr(value, attribute), attribute
-        kept = isinstance(value, (*_SCALARS, type, types.FunctionType, types.ModuleType, Settings))
-        if module != "__main__" and not kept and _ours(module) and module in sys.modules:
-            # A module's own list or cache may fill up as it works: the statement that makes it counts.
-            if statement := _assignment(module, name):
-                return self._statement(f"{module}.{name}", statement, vars(sys.modules[module]))
-        return self.named(f"{owner} uses {dotted!r}, which", value)
-
-    def _statement(self, owner: str, statement: ast.stmt, scope: dict[str, Any]) -> bytes:
-        if id(statement) not in self.done:
-            self.done[id(statement)] = (_hash("cycle", owner), statement)  # while it is under way
-            self.done[id(statement)] = (self._source(owner, [statement], scope, {}), statement)
-        return self.done[id(statement)][0]
-
-    def named(self, what: str, value: Any) -> bytes:
-        """Hash ``value``; where that cannot be, say what it is and what to do."""
-        try:
-            return self.of(value)
-        except _NoFingerprint as error:
-            raise ValueError(
-                f"{what} cannot be fingerprinted: {error}; hand it over as an argument that has a "
-                "'fingerprint' string, or make it inside the function that uses it"
-            ) from error
-
-
-def _hash(*parts: Any) -> bytes:
-    """SHA-256 of the parts, each with its length before it."""
+def _hash(*parts: str | bytes | memoryview) -> bytes:
     whole = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -228,254 +69,194 @@ def _hash(*parts: Any) -> bytes:
     return whole.digest()
 
 
-def _name(value: Any, qualified: str) -> str:
-    return f"{getattr(value, '__module__', None)}.{qualified}"
+class _Walk:
+    """Follows what values hold; ``memo`` keeps each object that was seen, so that its id stays its own."""
+
+    def __init__(self, memo: dict[int, Any]) -> None:
+        self.memo, self.path = memo, {}
+
+    def of(self, value: Any) -> bytes:
+        if isinstance(value, SCALARS):
+            return _hash(type(value).__name__, repr(value))
+        key = id(value)
+        if key in AMBIENT:
+            return _hash("ambient")
+        if key in self.path:  # an object that holds itself: how far up
+            return _hash("cycle", str(len(self.path) - self.path[key]))
+        if key not in self.memo:
+            self.path[key] = len(self.path)
+            try:
+                self.memo[key] = (self.parts(value), value)
+            finally:
+                del self.path[key]
+        return self.memo[key][0]
+
+    def parts(self, value: Any) -> bytes:
+        kind = type(value)
+        if kind in (list, tuple):
+            return _hash(kind.__name__, *map(self.of, value))
+        if kind in (set, frozenset):
+            return _hash("set", *sorted(map(self.of, value)))
+        if kind in (dict, types.MappingProxyType):
+            return _hash("dict", *sorted(self.of(name) + self.of(item) for name, item in value.items()))
+        if isinstance(value, Settings):  # which runs are made, and where, is not how one is made
+            return self.of({name: item for name, item in vars(value).items() if name not in ("scale", "seeds", "jobs")})
+        if kind in PLAIN and value.layout is torch.strided and not value.is_quantized and not value.is_meta:
+            data = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            return _hash(str(value.dtype), str(tuple(value.shape)), data.numpy().data)
+        if isinstance(value, Tensor) and value.is_quantized:
+            return self.of([str(value.qscheme()), value.int_repr(), value.dequantize()])
+        if kind is np.ndarray and not value.dtype.hasobject:
+            return _hash(value.dtype.str, str(value.shape), np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        if isinstance(value, types.ModuleType):
+            if value.__name__ in ABOUT_RUNS:
+                return _hash(value.__name__)
+            own = vars(value).items() if _own(value.__name__) else ()
+            return _hash(value.__name__, self.of({name: item for name, item in own if _made_in(item, value)}))
+        if isinstance(value, type):
+            return self.class_(value)
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        if isinstance(getattr(value, "fingerprint", None), str):
+            return _hash(value.fingerprint, self.of(kind))
+        return self.object_(value, kind)
+
+    def object_(self, value: Any, kind: type) -> bytes:
+        if isinstance(value, WRAPPERS):
+            return self.of([kind, *(getattr(value, name, None) for name in WRAPPED)])
+        if kind.__name__ == "OptimizedModule":  # torch.compile
+            return self.of(value._orig_mod)
+        if isinstance(value, weakref.ref):
+            return self.of(value())
+        if isinstance(value, torch.jit.ScriptModule):
+            code = value.code_with_constants
+            return self.of([code[0], code[1].const_mapping, dict(value.state_dict())])
+        if isinstance(value, torch.ScriptObject):  # packed weights
+            return self.of([str(value._type()), value.__getstate__()])
+        if isinstance(value, nn.Module):  # all that it holds; of hooks the functions, without their numbers
+            held = {name: item for name, item in vars(value).items() if name not in MODE and item is not None}
+            hooks = {name: list(item.values()) for name, item in held.items() if name.endswith("hooks")}
+            return _hash("module", self.of(kind), self.of(_held(kind, held | hooks)))
+        try:
+            parts = copyreg.dispatch_table.get(kind, lambda value: value.__reduce_ex__(2))(value)
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            remedy = "give its class a 'fingerprint' string, or make it inside the function that uses it"
+            raise ValueError(f"{error}, so what a run uses of it has no fingerprint; {remedy}") from error
+        if isinstance(parts, str):
+            return _hash(str(getattr(value, "__module__", kind)), parts)
+        state = [list(part) if n > 2 and part is not None else part for n, part in enumerate(parts)]
+        if len(parts) > 2 and isinstance(parts[2], dict):
+            state[2] = _held(kind, parts[2])
+        return self.of([kind, state])
+
+    def class_(self, cls: type) -> bytes:
+        """A notebook's or a file's class with all that it has now; a library's by name, with what was patched in."""
+        if cls.__module__ in ABOUT_RUNS:
+            return _hash("class", cls.__module__, cls.__qualname__)
+        if _own(cls.__module__):
+            held = {name: item for name, item in vars(cls).items() if not (name in MADE or name.startswith("__annot"))}
+            return _hash("class", cls.__qualname__, self.of(cls.__bases__), self.of(held))
+        return _hash("class", cls.__module__, cls.__qualname__, self.of([dict(_patched(base)) for base in cls.__mro__]))
+
+    def function(self, function: types.FunctionType) -> bytes:
+        module = function.__globals__.get("__name__", "")  # where its code was written, whatever a decorator says
+        if module in ABOUT_RUNS:
+            return _hash("function", module, function.__qualname__)
+        given = [function.__defaults__, function.__kwdefaults__]
+        closure = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
+        if _own(module):
+            return _hash("function", self.code(function), self.of(given), self.of(closure))
+        made = "<locals>" in function.__qualname__ or _own(function.__module__ or "")  # by a call, or by a decorator
+        return _hash("function", module, function.__qualname__, self.of([given, closure] if made else None))
+
+    def code(self, function: types.FunctionType) -> bytes:
+        """Instructions with their names and constants, and what they read from outside."""
+        reads, imports = [], []
+        parts = [self.instructions(function.__code__, reads, imports)]
+        space = function.__globals__
+        for name, *attributes in sorted(read for read in reads if read[0] in space):
+            parts += [name, self.taken(space[name], attributes)]
+        for name, *attributes in sorted(imports):
+            parts += [name, self.taken(_module(name, space.get("__package__")), attributes)]
+        return _hash(*parts)
+
+    def taken(self, value: Any, attributes: list[str]) -> bytes:
+        """What is read from a value: of modules and settings only that, of a library its name if it is no code."""
+        library = False
+        for attribute in attributes:
+            if type(value) in (list, dict, set) and attribute in FILLS:
+                return _hash("filled")
+            if isinstance(value, (Settings, types.ModuleType)):
+                library |= isinstance(value, types.ModuleType) and not _own(value.__name__)
+                value = getattr(value, attribute, value)
+        return self.of(attributes if library and not isinstance(value, (type, types.FunctionType)) else value)
+
+    def instructions(self, code: types.CodeType, reads: list[list[str]], imports: list[list[str]]) -> bytes:
+        names = (code.co_varnames, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
+        parts = [getattr(code, "co_exceptiontable", b""), repr((names, code.co_flags & 0xFF))]
+        chained: list[str] | None = None  # the read that an attribute goes on with
+        for step in dis.get_instructions(code):
+            value = step.argval
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"):
+                chained = [value]
+                (imports if step.opname == "IMPORT_NAME" else reads).append(chained)
+            elif step.opname == "IMPORT_FROM":
+                imports[:] = [read for read in imports if read != imports[-1][:1]] + [[imports[-1][0], value]]
+            elif chained and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chained.append(value)
+            else:
+                chained = None
+            inner = isinstance(value, types.CodeType)
+            parts += [step.opname, self.instructions(value, reads, imports) if inner else self.of(value)]
+        return _hash(*parts)
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_plain, value))
-    return isinstance(value, (*_SCALARS, types.FunctionType, types.BuiltinFunctionType))
+def _held(kind: type, state: dict[str, Any]) -> dict[str, Any]:
+    """What an object holds, without what it may compute again, and what is empty."""
+    cached = {name for name in state if isinstance(getattr(kind, str(name), None), cached_property)}
+    return {name: item for name, item in state.items() if name not in cached}
 
 
-@functools.cache
-def _ours(module: str | None) -> bool:
-    """Whether a module counts by its source: a notebook, kdlib, or a file that no installer put there."""
-    if not module or module in _ABOUT_RUNS:
-        return False
-    if module == "__main__" or module.split(".")[0] == "kdlib":
+def _module(name: str, package: str | None) -> Any:
+    """The module that a function imports, if it is an own one (imported for this, if it can be); else its name."""
+    for full in (name, f"{package}.{name}".strip(".")):
+        with contextlib.suppress(Exception):  # an optional import that fails is passed over, here as there
+            if full not in sys.modules:
+                spec = importlib.util.find_spec(full.partition(".")[0])
+                if spec and spec.has_location and not _library(spec.origin or ""):
+                    importlib.import_module(full)
+            if full in sys.modules and _own(full):
+                return sys.modules[full]
+    return name
+
+
+def _library(file: str) -> bool:
+    return any(part in file for part in LIBRARIES)
+
+
+def _own(module: str) -> bool:
+    """Whether a module is a notebook, kdlib's or your own file, and no installed library."""
+    found = sys.modules.get(module)
+    if found is None or module == "__main__" or module.partition(".")[0] == "kdlib":
         return True
-    if module in sys.modules:
-        file = getattr(sys.modules[module], "__file__", None)
-    else:
-        spec = importlib.util.find_spec(module.split(".")[0])
-        file = spec.origin if spec and spec.has_location else None
-    if not file:
-        return False
-    path = Path(file).resolve()
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    return not installed and Path(sysconfig.get_path("stdlib")).resolve() not in path.parents
+    if file := getattr(found, "__file__", None):
+        return not _library(file)
+    return getattr(found, "__spec__", None) is None
 
 
-# Source -----------------------------------------------------------------------------------------------------
+def _made_in(item: Any, module: types.ModuleType) -> bool:
+    """Whether a name of a module is its own: a function, a class or a constant, and no import."""
+    if isinstance(item, (type, types.FunctionType)):
+        return item.__module__ == module.__name__
+    return isinstance(item, (*SCALARS, tuple)) and item not in (module.__name__, module.__doc__)
 
 
-class _Source:
-    """A file or a notebook cell, parsed: its functions and classes by name and line."""
-
-    def __init__(self, text: str) -> None:
-        self.tree = ast.parse(text)
-        self.functions: dict[tuple[str, int], list[ast.AST]] = {}
-        self.class_of: dict[tuple[str, int], ast.ClassDef] = {}
-        self.classes: dict[str, ast.ClassDef] = {}
-        self.statements: dict[str, ast.stmt] = {}
-        self.text, self._codes = text, None
-        self._walk(self.tree, "")
-        for statement in self.tree.body:
-            targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-            for name in (n for target in targets if target for n in ast.walk(target)):
-                if isinstance(name, ast.Name):
-                    self.statements[name.id] = statement
-
-    def _walk(self, node: ast.AST, prefix: str) -> None:
-        for child in ast.iter_child_nodes(node):
-            inner = prefix
-            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                key = (child.name, min([child.lineno, *(d.lineno for d in child.decorator_list)]))
-                inner = f"{prefix}{child.name}."
-                if isinstance(child, ast.ClassDef):
-                    self.classes[prefix + child.name] = child
-                else:
-                    inner += "<locals>."
-                    self.functions.setdefault(key, []).append(child)
-                    if isinstance(node, ast.ClassDef):
-                        self.class_of[key] = node
-            elif isinstance(child, ast.Lambda):
-                self.functions.setdefault(("<lambda>", child.lineno), []).append(child)
-            self._walk(child, inner)
-
-    def compiles_to(self, code: types.CodeType, file: str) -> bool:
-        """Whether this source is the one that ``code`` was made of."""
-        if self._codes is None:
-            self._codes = list(_codes(compile(self.text, file, "exec", dont_inherit=True)))
-        return code in self._codes
-
-
-def _codes(code: types.CodeType) -> Iterable[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
-
-
-@functools.lru_cache(maxsize=512)
-def _parsed(text: str) -> _Source:
-    return _Source(text)
-
-
-def _source(file: str) -> _Source:
-    return _parsed("".join(linecache.getlines(file)))
-
-
-def _find(function: types.FunctionType) -> list[ast.AST]:
-    """The node of a function; several where lambdas share a line."""
-    code, loader = function.__code__, function.__globals__.get("__loader__")
-    # A test runner that rewrites assertions, and a notebook, compile something else than the bare text.
-    compare = type(loader).__name__ == "SourceFileLoader" and function.__globals__.get("__file__") == code.co_filename
-    for _ in range(2):
-        try:
-            source = _source(code.co_filename)
-        except SyntaxError:
-            source = _parsed("")
-        nodes = source.functions.get((code.co_name, code.co_firstlineno), [])
-        if nodes and (not compare or source.compiles_to(code, code.co_filename)):
-            return nodes
-        linecache.checkcache(code.co_filename)  # reloaded, perhaps: read the file as it is now
-    if linecache.getlines(code.co_filename):
-        raise ValueError(
-            f"{code.co_filename} was edited after {function.__qualname__} was read from it; restart the "
-            "kernel so that what runs is what is written"
-        )
-    raise ValueError(
-        f"the source of {function.__qualname__} is not at hand; define it in a notebook cell or in a file, not by exec"
-    )
-
-
-def _methods(cls: type) -> list[types.FunctionType]:
-    """The functions that a class's own body defines (not those that a decorator generates)."""
-    found = []
-    for member in vars(cls).values():
-        inner = [member.fget, member.fset] if isinstance(member, property) else [getattr(member, "func", member)]
-        for function in inner:
-            while hasattr(function, "__wrapped__") or isinstance(function, (staticmethod, classmethod)):
-                function = getattr(function, "__wrapped__", None) or function.__func__
-            if isinstance(function, types.FunctionType) and not _generated(cls, function):
-                found.append(function)
-    return found
-
-
-def _generated(cls: type, function: types.FunctionType) -> bool:
-    """Whether ``dataclass`` wrote a method, so that there is no source of it."""
-    written = linecache.getlines(function.__code__.co_filename)
-    return dataclasses.is_dataclass(cls) and function.__name__.startswith("__") and not written
-
-
-def _find_class(cls: type, methods: list[types.FunctionType]) -> ast.ClassDef | None:
-    for method in methods:
-        if method.__qualname__.startswith(f"{cls.__qualname__}.") and method.__code__.co_name != "<lambda>":
-            _find(method)
-            key = (method.__code__.co_name, method.__code__.co_firstlineno)
-            if node := _source(method.__code__.co_filename).class_of.get(key):
-                return node
-    file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-    return _source(file).classes.get(cls.__qualname__) if file else None
-
-
-def _assignment(module: str, name: str) -> ast.stmt | None:
-    file = getattr(sys.modules[module], "__file__", None)
-    return _source(file).statements.get(name) if file else None
-
-
-def _closure(function: types.FunctionType) -> dict[str, Any]:
-    found = {}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            found[name] = cell.cell_contents
-        except ValueError:  # not yet assigned
-            continue
-    return found
-
-
-def _imports(node: ast.AST, scope: dict[str, Any]) -> dict[str, Any]:
-    """What the import statements inside a function bring, where it is code that counts by its source."""
-    found: dict[str, Any] = {}
-    for statement in ast.walk(node):
-        if isinstance(statement, ast.Import):
-            names = [(alias.asname or alias.name.split(".")[0], alias) for alias in statement.names]
-            for name, alias in names:
-                if _ours(alias.name):
-                    with contextlib.suppress(ImportError):  # an optional one that is not there
-                        found[name] = importlib.import_module(alias.name if alias.asname else name)
-        elif isinstance(statement, ast.ImportFrom):
-            package = scope.get("__package__") or ""
-            path = "." * statement.level + (statement.module or "")
-            path = importlib.util.resolve_name(path, package) if statement.level else path
-            if not _ours(path):
-                continue
-            for alias in statement.names:
-                with contextlib.suppress(ImportError):
-                    module = importlib.import_module(path)
-                    if not hasattr(module, alias.name):
-                        importlib.import_module(f"{path}.{alias.name}")
-                    found[alias.asname or alias.name] = getattr(module, alias.name)
-    return found
-
-
-# Normal form ------------------------------------------------------------------------------------------------
-
-
-class _Strip(ast.NodeTransformer):
-    """Takes away what does not act: docstrings and the annotations of functions."""
-
-    def visit(self, node: ast.AST) -> ast.AST:
-        node = self.generic_visit(node)
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        return node
-
-
-_normal_of: dict[int, tuple[str, list, ast.AST]] = {}
-
-
-def _normal(node: ast.AST) -> tuple[str, list[tuple[str, tuple[str, ...]]]]:
-    """A node's source without comments, docstrings and annotations, and the outer names that it uses."""
-    if id(node) not in _normal_of:
-        bare = _Strip().visit(ast.parse(ast.unparse(node)))
-        text = ast.unparse(bare)
-        outer = _outer(text, bare)
-        uses = sorted({use for use in _uses(bare) if use[0] in outer})
-        whole = {name for name, chain in uses if not chain}
-        uses = [use for use in uses if not use[1] or use[0] not in whole]
-        _normal_of[id(node)] = (text, uses, node)
-    return _normal_of[id(node)][:2]
-
-
-def _outer(text: str, bare: ast.AST) -> set[str]:
-    """The names that some source reads from outside itself, or imports."""
-    for node in ast.walk(bare):  # taken out of its function, a nested one has no such outer scope any more
-        if isinstance(node, ast.Nonlocal):
-            text = ast.unparse(_NonlocalToGlobal().visit(ast.parse(text)))
-            break
-    found, tables = set(), [symtable.symtable(text, "<fingerprint>", "exec")]
-    while tables:
-        table = tables.pop()
-        tables += table.get_children()
-        top = table.get_type() == "module"
-        for symbol in table.get_symbols():
-            if symbol.is_imported() or (symbol.is_referenced() and (symbol.is_global() or top)):
-                found.add(symbol.get_name())
-    return found - set(dir(builtins))
-
-
-class _NonlocalToGlobal(ast.NodeTransformer):
-    def visit_Nonlocal(self, node: ast.Nonlocal) -> ast.AST:
-        return ast.Global(names=node.names)
-
-
-def _uses(node: ast.AST) -> Iterable[tuple[str, tuple[str, ...]]]:
-    """Every name in a tree with what is read of it: ``kd.losses.x`` is ``("kd", ("losses", "x"))``."""
-    chain: list[str] = []
-    inner = node
-    while isinstance(inner, ast.Attribute):
-        chain.append(inner.attr)
-        inner = inner.value
-    if isinstance(inner, ast.Name):
-        yield inner.id, tuple(reversed(chain))
-    else:
-        for child in ast.iter_child_nodes(inner):
-            yield from _uses(child)
+def _patched(cls: type) -> Iterator[tuple[str, Any]]:
+    """Methods of a library's class that were written elsewhere, and a model's attributes that can be set."""
+    for name, item in vars(cls).items():
+        function = getattr(item, "__func__", item)
+        if isinstance(function, types.FunctionType):
+            if _own(function.__globals__.get("__name__", "")) or _own(function.__module__ or ""):  # or decorated
+                yield name, function
+        elif issubclass(cls, nn.Module) and isinstance(item, SCALARS) and name not in MADE:
+            yield name, item

@@ -11,28 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdlib.data.sources import optional
+from kdlib.models import evaluating
+
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of ``logits`` [N, C] whose largest entry is the label [N]."""
-    _same_length(logits, labels)
+    _check(logits, labels)
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def agreement(a: Tensor, b: Tensor) -> float:
     """Share of rows in which two models' logits [N, C] have the same largest entry."""
-    _same_length(a, b)
-    return (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+    if a.shape != b.shape:
+        raise ValueError(f"the logits have shapes {list(a.shape)} and {list(b.shape)}; both must be [N, C]")
+    return accuracy(a, b.argmax(-1))
 
 
 def nll(logits: Tensor, labels: Tensor) -> float:
     """Negative log-likelihood of the labels, in nats, mean over rows."""
-    _same_length(logits, labels)
+    _check(logits, labels)
     return F.cross_entropy(logits.float(), labels).item()
 
 
 def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error (Guo et al. 2017, equation 3): equal-width bins of confidence in (0, 1]."""
-    _same_length(logits, labels)
+    _check(logits, labels)
     confidence, predicted = logits.double().softmax(-1).max(-1)
     correct = (predicted == labels).double()
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1
@@ -44,6 +48,7 @@ def f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of class 1 (MRPC, QQP)."""
     from sklearn.metrics import f1_score
 
+    _check(logits, labels)
     return float(f1_score(labels, logits.argmax(-1), zero_division=0))
 
 
@@ -51,21 +56,22 @@ def mcc(logits: Tensor, labels: Tensor) -> float:
     """Matthews correlation (CoLA)."""
     from sklearn.metrics import matthews_corrcoef
 
+    _check(logits, labels)
     return float(matthews_corrcoef(labels, logits.argmax(-1)))
 
 
 def pearson(predicted: Sequence[float] | Tensor, true: Sequence[float] | Tensor) -> float:
-    """Pearson correlation of two equally long sequences."""
+    """Pearson correlation of two sequences [N]."""
     from scipy.stats import pearsonr
 
-    return float(pearsonr(np.asarray(predicted), np.asarray(true)).statistic)
+    return float(pearsonr(*_two_rows(predicted, true)).statistic)
 
 
 def spearman(predicted: Sequence[float] | Tensor, true: Sequence[float] | Tensor) -> float:
-    """Spearman rank correlation of two equally long sequences."""
+    """Spearman rank correlation of two sequences [N]."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr(np.asarray(predicted), np.asarray(true)).statistic)
+    return float(spearmanr(*_two_rows(predicted, true)).statistic)
 
 
 @dataclass(frozen=True)
@@ -126,14 +132,9 @@ def predict(model: nn.Module, data: Any, batch_size: int = 512) -> Tensor:
     A model is called with ``batch["x"]`` if there is one, else with the batch's ``input_ids`` and
     ``attention_mask``; every submodule's mode is restored.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    model.eval()
-    try:
+    with evaluating(model):
         rows = [_forward(model, batch, device).float().cpu() for batch in data.view_batches(0, batch_size)]
-    finally:
-        for module, training in modes:
-            module.training = training
     return torch.cat(rows)
 
 
@@ -144,6 +145,24 @@ def _forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> T
         names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
         out = model(**{name: batch[name].to(device) for name in names})
     return getattr(out, "logits", out)
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    """Shapes that would broadcast, and one column, whose largest entry is always the first, give a wrong number."""
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
+        raise ValueError(
+            f"the logits have shape {list(logits.shape)} and the labels {list(labels.shape)}; they must be [N, C], "
+            "C of 2 or more, and [N]"
+        )
+
+
+def _two_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise ValueError(
+            f"the values have shapes {a.shape} and {b.shape}; both must be [N] (squeeze(-1) makes it of [N, 1])"
+        )
+    return a, b
 
 
 def _same_length(a: Any, b: Any) -> None:
@@ -159,37 +178,40 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
     Raises:
         ValueError: not as many hypotheses as references.
     """
-    from sacrebleu.metrics import BLEU
-
     _same_length(hypotheses, references)
-    return float(BLEU(lowercase=lowercase).corpus_score(list(hypotheses), [list(references)]).score)
+    return float(
+        optional("sacrebleu").BLEU(lowercase=lowercase).corpus_score(list(hypotheses), [list(references)]).score
+    )
 
 
 def bleu_signature(lowercase: bool = False) -> str:
     """sacrebleu's own name for the settings of :func:`bleu`, with its version (Post 2018): cite it beside a score."""
-    from sacrebleu.metrics import BLEU
-
-    scorer = BLEU(lowercase=lowercase)
+    scorer = optional("sacrebleu").BLEU(lowercase=lowercase)
     scorer.corpus_score(["a"], [["a"]])  # the signature counts the references that it has seen
     return str(scorer.get_signature())
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
     """Corpus chrF2 in 0-100 (sacrebleu's defaults), one reference each."""
-    from sacrebleu import corpus_chrf
-
     _same_length(hypotheses, references)
-    return float(corpus_chrf(list(hypotheses), [list(references)]).score)
+    return float(optional("sacrebleu").corpus_chrf(list(hypotheses), [list(references)]).score)
 
 
 def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, -2 and -L, the F-measure with stemming in 0-100, mean over examples."""
-    from rouge_score.rouge_scorer import RougeScorer
+    """ROUGE-1, -2 and -L, the F-measure with stemming in 0-100, mean over examples.
 
+    As published, its words are made of a-z and digits; any other letter parts them.
+
+    Raises:
+        ValueError: not as many hypotheses as references, none, or references in another script.
+    """
     _same_length(hypotheses, references)
     if not len(references):
         raise ValueError("no texts to score")
+    letters = [letter for text in references for letter in text if letter.isalpha()]
+    if sum(not letter.isascii() for letter in letters) * 2 > len(letters):
+        raise ValueError("most letters of the references are not Latin, which ROUGE does not see; kd.metrics.chrf does")
     names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = optional("rouge_score.rouge_scorer").RougeScorer(names, use_stemmer=True)
     rows = [scorer.score(truth, made) for truth, made in zip(references, hypotheses, strict=True)]
     return {name: 100 * float(np.mean([row[name].fmeasure for row in rows])) for name in names}

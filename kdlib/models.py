@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,17 +26,18 @@ ENCODERS = {
     "roberta-large": ("roberta", 24, 1024, 16, 50_265),
     "distilroberta-base": ("roberta", 6, 768, 12, 50_265),
 }
-# Plain CNNs of the Annealing-KD code: convolutions of each stage (a pooling ends it), hidden linear layers.
-PLANES = {
-    2: (((16,), (16,)), ()),
-    4: (((16, 16), (32, 32)), ()),
-    10: (((32, 32), (64, 64), (128, 128), (256, 256, 256, 256)), (128,)),
-}
-PLANES_100 = {  # for CIFAR-100
-    2: (((32,), (32,)), ()),
-    4: (((32, 32), (64, 64)), ()),
-    10: (PLANES[10][0], (512,)),
-}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module is in the mode it was in, also after an error."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 class BasicBlock(nn.Module):
@@ -95,34 +96,6 @@ def resnet(depth: int, classes: int, width: int = 16, in_channels: int = 3) -> C
     return CifarResNet(depth, classes, width, in_channels)
 
 
-def plain_cnn(n: int, classes: int, *, side: int = 32, in_channels: int = 3, norm: bool = True) -> nn.Sequential:
-    """The plain CNN of ``n`` = 2, 4 or 10 convolutions that the Annealing-KD code distils.
-
-    Images [B, in_channels, side, side] -> logits [B, classes]. More than ten classes get the CIFAR-100 widths;
-    ``norm=False`` leaves out the batch normalisation.
-    Source: huawei-noah/Efficient-NLP, Annealing_KD/computer_vision_tasks/plain_cnn_cifar.py (after the TAKD code).
-    """
-    book = PLANES if classes <= 10 else PLANES_100
-    if n not in book:
-        raise ValueError(f"n is {n}; there are plain CNNs of {', '.join(map(str, book))} convolutions")
-    stages, hidden = book[n]
-    if side < 2 ** len(stages):
-        raise ValueError(f"side is {side}; {len(stages)} poolings need images of {2 ** len(stages)} pixels or more")
-    layers: list[nn.Module] = []
-    for stage in stages:
-        for channels in stage:
-            layers += _convolution(in_channels, channels, norm)
-            in_channels = channels
-        layers.append(nn.MaxPool2d(2))
-    side //= 2 ** len(stages)
-    return nn.Sequential(*layers, *mlp(in_channels * side * side, classes, hidden))
-
-
-def _convolution(in_channels: int, channels: int, norm: bool) -> list[nn.Module]:
-    middle = [nn.BatchNorm2d(channels)] if norm else []
-    return [nn.Conv2d(in_channels, channels, 3, 1, 1), *middle, nn.ReLU()]
-
-
 def small_cnn(classes: int, channels: Sequence[int] = (16, 32, 64), in_channels: int = 3) -> nn.Sequential:
     """Conv-BN-ReLU stages with pooling between them, global mean, one linear layer.
 
@@ -150,66 +123,53 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def load_akamaster(name: str | Path, root: str | Path | None = None) -> dict[str, Tensor]:
-    """State dict of a published CIFAR-10 ResNet of github.com/akamaster/pytorch_resnet_cifar10 (BSD-2).
+def load_akamaster(name: str) -> dict[str, Tensor]:
+    """State dict of a published CIFAR-10 ResNet: ``"resnet20"``, 32, 44 or 56.
 
-    Args:
-        name: ``"resnet20"``, ``32``, ``44``, ``56``, ...: the file ``<root>/weights_resnet_cifar10/<name>-*.th``;
-            or the path of a ``.th`` file.
-        root: ``KDLIB_DATA`` by default.
+    Source: github.com/akamaster/pytorch_resnet_cifar10 (BSD-2).
 
     Raises:
-        FileNotFoundError: the file is not there; says where to put it.
+        FileNotFoundError: it is not in ``KDLIB_DATA``; says what to put where.
     """
-    path = Path(name)
-    if not path.is_file():
-        found = sorted((sources.root(root) / "weights_resnet_cifar10").glob(f"{name}-*.th"))
-        if not found:
-            raise sources.missing(
-                f"the published {name}", f"weights_resnet_cifar10/{name}-*.th",
-                "Put the file from the folder pretrained_models of github.com/akamaster/pytorch_resnet_cifar10 there.",
-                root,
-            )  # fmt: skip
-        path = found[0]
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    found = sorted((sources.root() / "weights_resnet_cifar10").glob(f"{name}-*.th"))
+    if not found:
+        remedy = "Put the file from that repository's folder pretrained_models there."
+        raise sources.missing(f"the published {name}", f"weights_resnet_cifar10/{name}-*.th", remedy)
+    state = torch.load(found[0], map_location="cpu", weights_only=True)
     return {key.removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
 
 
 # --- pretrained ----------------------------------------------------------------------------------------------
 
 
-def pretrained(name: str | Path, *, auto: str = "AutoModelForSequenceClassification", **settings: Any) -> nn.Module:
-    """A pretrained model: from ``KDLIB_DATA/models/<name>`` or a folder, else from the hub or its local cache.
+def pretrained(name: str, *, auto: str = "AutoModelForSequenceClassification", **settings: Any) -> nn.Module:
+    """A pretrained model: from ``KDLIB_DATA/models/<name>``, else from the hub or its cache.
 
-    In a rehearsal nothing is downloaded: weights that are not in a folder are random, of the same configuration.
+    In a rehearsal without the folder it has random weights and the same size.
 
     Args:
-        name: the hub's name (``"roberta-large"``), or a folder of ``save_pretrained``.
-        auto: the ``transformers`` class that loads it, such as ``AutoModel``.
-        settings: for ``from_pretrained``, such as ``num_labels`` or ``num_hidden_layers``.
+        name: the hub's.
+        auto: the class of ``transformers`` that loads it.
+        settings: handed to ``from_pretrained``, such as ``num_labels``.
 
     Raises:
-        FileNotFoundError: not in a folder and not to be downloaded; says where to put it.
+        FileNotFoundError: it is not at hand; says what to put where.
     """
-    import transformers
-
-    maker = getattr(transformers, auto)
-    if scale.rehearsing() and _folder(name) is None:
-        return maker.from_config(_config(str(name), settings))
+    transformers = sources.optional("transformers")
+    if scale.rehearsing() and not (sources.root() / "models" / name).is_dir():
+        return getattr(transformers, auto).from_config(_config(name, settings))
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # the report of unused and new weights names a path of this machine
     try:
-        return _from_pretrained(maker, name, settings)
+        return _from_pretrained(auto, name, settings)
     finally:
         transformers.logging.set_verbosity(verbosity)
 
 
-def tokenizer(name: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
+def tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of :func:`pretrained`; in a rehearsal without it, a small one trained on the embedded texts."""
-    import transformers
-
     try:
-        return _from_pretrained(transformers.AutoTokenizer, name, settings)
+        return _from_pretrained("AutoTokenizer", name, settings)
     except FileNotFoundError:
         if not scale.rehearsing():
             raise
@@ -218,35 +178,25 @@ def tokenizer(name: str | Path, **settings: Any) -> PreTrainedTokenizerBase:
         return data.train_tokenizer(data.text("toy_reviews").train.texts, 2000)
 
 
-def _folder(name: str | Path) -> Path | None:
-    return Path(name) if Path(name).is_dir() else sources.local(f"models/{name}")
-
-
-def _from_pretrained(maker: Any, name: str | Path, settings: dict[str, Any]) -> Any:
-    folder = _folder(name)
-    stay = folder is not None or not sources.reachable(sources.hub())  # a copy in the hub's cache still serves
+def _from_pretrained(auto: str, name: str, settings: dict[str, Any]) -> Any:
+    folder = sources.root() / "models" / name
+    place, offline = (str(folder), True) if folder.is_dir() else (name, sources.offline())
+    load = getattr(sources.optional("transformers"), auto).from_pretrained
     try:
-        return maker.from_pretrained(str(folder or name), local_files_only=stay, trust_remote_code=False, **settings)
+        return load(place, local_files_only=offline, **settings)
     except OSError as error:
-        if folder is not None or not stay:
-            raise
-        raise sources.missing(
-            f"the pretrained {name}", f"models/{name}",
-            f"Go online and run again, or run `hf download {name} --local-dir {sources.root() / 'models' / str(name)}` "
-            "on a machine that is.",
-        ) from error  # fmt: skip
+        remedy = f"Go online and run again, or run `hf download {name} --local-dir {folder}`."
+        raise sources.missing(f"the pretrained {name}", f"models/{name}", remedy) from error
 
 
 def _config(name: str, settings: dict[str, Any]) -> PretrainedConfig:
-    from transformers import AutoConfig
-
     known = ENCODERS.get(name.rsplit("/", 1)[-1])
     if known is None:
-        return _from_pretrained(AutoConfig, name, settings)
+        return _from_pretrained("AutoConfig", name, settings)
     kind, layers, width, heads, vocabulary = known
     roberta = {"max_position_embeddings": 514, "type_vocab_size": 1} if kind == "roberta" else {}
     sizes = dict(
         num_hidden_layers=layers, hidden_size=width, intermediate_size=4 * width, num_attention_heads=heads,
         vocab_size=vocabulary, **roberta,
     )  # fmt: skip
-    return AutoConfig.for_model(kind, **{**sizes, **settings})
+    return sources.optional("transformers").AutoConfig.for_model(kind, **{**sizes, **settings})

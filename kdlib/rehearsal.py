@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    import pandas
+from kdlib.data.rows import between, n_rows
 
 ROWS = 4  # rows of each batch that a rehearsal computes; what grows with rows is scaled up to the whole batch
 # Assumed for a Tesla T4: an eighth of its 65 TFLOP/s of fp16 matrix products, which is what training a
 # mid-sized transformer sustains. A small net at 32x32 is bound by kernel launches and takes longer.
 T4_FLOPS_PER_SECOND = 8e12
 
-_records: list[dict[str, Any]] = []
+_records: list[dict[str, Any]] = []  # of the runs rehearsed in this process
 
 
 @dataclass
 class Cost:
-    """What one training step took: operations, seconds, and bytes that do not and that do grow with rows."""
+    """What one training step took: operations, and bytes that do not and that do grow with rows."""
 
     flops: float
-    seconds: float
     fixed_bytes: int
     activation_bytes: int
 
@@ -52,27 +50,12 @@ def measure(model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[
         return tensor.detach()  # the tensor itself would hold its graph, the graph the tensor, and nothing frees either
 
     counter = FlopCounterMode(display=False)
-    began = time.perf_counter()
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         step()
-    seconds = time.perf_counter() - began
     trained = [p for p in model.parameters() if p.requires_grad]
     states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    fixed = _bytes(list(model.parameters()) + list(model.buffers()) + trained + states)
-    return Cost(counter.get_total_flops(), seconds, fixed, sum(saved.values()))
-
-
-def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def record(name: str, **facts: Any) -> None:
-    """Note what a rehearsed run would cost, here and in the file that ``KDLIB_REHEARSAL_LOG`` names."""
-    line = {"name": name, **facts}
-    _records.append(line)
-    if path := os.environ.get("KDLIB_REHEARSAL_LOG"):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers(), *trained, *states])
+    return Cost(counter.get_total_flops(), fixed, sum(saved.values()))
 
 
 def report() -> pandas.DataFrame:
@@ -82,26 +65,34 @@ def report() -> pandas.DataFrame:
     saved activations in the precision rehearsed in (fp32 on a CPU; mixed precision needs less), without a
     live teacher's weights and the allocator's own needs. Hours are of training steps only.
     """
-    import pandas
-
-    rows = [
-        {
-            "run": line["name"],
-            "parameters": line["parameters"],
-            "batch": line["rows"],
-            "planned steps": line["planned_steps"],
-            "TFLOP a step": line["step_flops"] / 1e12,
-            "GPU memory (GB)": (line["fixed_bytes"] + line["activation_bytes"]) / 1e9,
-            "hours on a T4": line["step_flops"] * line["planned_steps"] / T4_FLOPS_PER_SECOND / 3600,
-        }
-        for line in _read()
-    ]
-    return pandas.DataFrame(rows)
+    path = os.environ.get("KDLIB_REHEARSAL_LOG", "")
+    if not os.path.exists(path):
+        return pandas.DataFrame(_records)
+    with open(path, encoding="utf-8") as file:  # of a notebook, whose kernel is another process
+        return pandas.DataFrame([json.loads(line) for line in file])
 
 
-def _read() -> list[dict[str, Any]]:
-    path = os.environ.get("KDLIB_REHEARSAL_LOG")
-    if not path or not os.path.exists(path):
-        return _records
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def rehearse(loop: Any, batches: Any) -> None:
+    """Two steps of ``fit``'s loop on a few rows; what the first one cost, as a whole batch, goes into the report."""
+    first, *others = (batch for _, batch in zip(range(2), batches.epoch(0), strict=False))
+    few = between(first, 0, ROWS)
+    grow = n_rows(first) / n_rows(few)
+    model, parts, loop.accumulate = loop.run.model, loop.accumulate, 1
+    cost = measure(model, loop.optimizer, lambda: loop.step(few))
+    loop.accumulate = parts
+    for batch in others:
+        loop.step(between(batch, 0, ROWS))
+    flops = cost.flops * grow
+    row = {
+        "run": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "batch": n_rows(first),
+        "planned steps": loop.total,
+        "TFLOP a step": flops / 1e12,
+        "GPU memory (GB)": (cost.fixed_bytes + cost.activation_bytes * grow / parts) / 1e9,
+        "hours on a T4": flops * loop.total / T4_FLOPS_PER_SECOND / 3600,
+    }
+    _records.append(row)
+    if path := os.environ.get("KDLIB_REHEARSAL_LOG"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import copyreg
-import datetime
 import functools
-import math
-import pickle
+import os
 import random
 import re
 import shutil
 import tempfile
+import threading
 import time
 import traceback
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import cloudpickle
+import joblib
 import numpy as np
+import pandas
 import torch
+from filelock import FileLock, Timeout
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from . import files, scale
-from .fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    import pandas
+from kdlib import files, scale
+from kdlib.fingerprint import fingerprint
 
 MODEL, ARRAYS, RECORD = "model.safetensors", "arrays.safetensors", "run.json"
-_BUSY = "busy"  # another process holds the run
+Shared = dict[str, Any] | Callable[[int], dict[str, Any]] | None
 
-_spent: dict[Path, float] = {}  # seconds of the runs that this process made or loaded, by folder
+_Task = namedtuple("_Task", "folder arm seed settings")  # a run to make or to load
+_counted: dict[Path, tuple[float, bool]] = {}  # runs of this process by folder: seconds, and whether it made them
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass
@@ -43,13 +48,13 @@ class Outcome:
     Attributes:
         metrics: the run's final numbers by name.
         history: rows over time, as ``Fit.history``.
-        model: the student, or several models by name; its weights are stored.
-        arrays: tensors worth keeping (test logits, embeddings), by name.
+        model: the student; its weights are stored.
+        arrays: tensors worth keeping (test logits), by name.
     """
 
     metrics: dict[str, float]
     history: list[dict[str, Any]] = field(default_factory=list)
-    model: nn.Module | dict[str, nn.Module] | None = None
+    model: nn.Module | None = None
     arrays: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -58,15 +63,13 @@ class Run:
     """One finished run of the store.
 
     Attributes:
-        arm: the arm's name.
-        seed: the run's seed.
-        metrics: final numbers; empty if it diverged.
-        history: rows over time.
-        settings: the arm's settings, as text where JSON has no word for them.
+        arm, seed, settings: what it is a run of; settings as text where JSON has no word for them.
+        metrics, history: what ``train`` returned; no metrics if it diverged.
         seconds: wall seconds of the start that finished it.
         hardware: the machine that made it, as ``scale.hardware()`` names it.
         folder: where it lies.
-        diverged: whether training ended in a FloatingPointError.
+        diverged: the message of the FloatingPointError in which training ended, or None.
+        made: date and environment.
     """
 
     arm: str
@@ -77,7 +80,8 @@ class Run:
     seconds: float
     hardware: str
     folder: Path
-    diverged: bool
+    diverged: str | None
+    made: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 class Runs(list[Run]):
@@ -93,45 +97,25 @@ class Runs(list[Run]):
 
     def frame(self) -> pandas.DataFrame:
         """One row a run: arm, seed, seconds, diverged, metrics (NaN where it diverged)."""
-        import pandas
-
-        keys = ("arm", "seed", "seconds", "diverged")
-        return pandas.DataFrame([{**{key: getattr(run, key) for key in keys}, **run.metrics} for run in self])
+        rows = ({"arm": r.arm, "seed": r.seed, "seconds": r.seconds, "diverged": bool(r.diverged)} for r in self)
+        return pandas.DataFrame([{**row, **run.metrics} for row, run in zip(rows, self, strict=True)])
 
     def histories(self) -> pandas.DataFrame:
         """One row a row of a run's history, with its arm and seed in front."""
-        import pandas
-
         return pandas.DataFrame([{"arm": run.arm, "seed": run.seed, **row} for run in self for row in run.history])
-
-    def model(self, arm: str, seed: int, into: nn.Module, part: str | None = None) -> nn.Module:
-        """Load a run's weights into a module of the same make; ``part`` names one of several models."""
-        run = self.get(arm, seed)
-        if not (run.folder / MODEL).exists():
-            raise ValueError(f"arm {arm!r}, seed {seed} stored no model; return Outcome(model=...) from train")
-        tensors, meta = files.read_tensors(run.folder / MODEL)
-        if part not in (meta["parts"] or [None]):
-            raise ValueError(f"arm {arm!r} stored the models {meta['parts']}; part is {part!r}, give one of them")
-        prefix = f"{part}/" if part else ""
-        own = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        into.load_state_dict(own)
-        return into
 
     def arrays(self, arm: str, seed: int) -> dict[str, Tensor]:
         """The tensors that a run stored; none if it stored none."""
         path = self.get(arm, seed).folder / ARRAYS
-        return files.read_tensors(path)[0] if path.exists() else {}
+        return files.read_tensors(path) if path.exists() else {}
 
-
-@dataclass(frozen=True)
-class _Task:
-    """A run to load or to make: its fingerprint and where it lies."""
-
-    arm: str
-    seed: int
-    settings: dict[str, Any]
-    key: str
-    folder: Path
+    def model(self, arm: str, seed: int, into: nn.Module) -> nn.Module:
+        """Load a run's weights into a module of the same make."""
+        path = self.get(arm, seed).folder / MODEL
+        if not path.exists():
+            raise ValueError(f"arm {arm!r}, seed {seed} stored no model; return Outcome(model=...) from train")
+        into.load_state_dict(files.read_tensors(path))
+        return into
 
 
 def run_grid(
@@ -140,55 +124,68 @@ def run_grid(
     arms: dict[str, dict[str, Any]],
     seeds: Sequence[int],
     *,
-    shared: dict[str, Any] | None = None,
+    shared: Shared = None,
     jobs: int | None = None,
-    store: str | Path | None = None,
     progress: bool = True,
 ) -> Runs:
     """Make, or load, the run of every arm and seed.
 
-    A run is ``train(seed=seed, folder=folder, **shared, **arm)`` with all generators seeded. It is stored
-    under the fingerprint of the function with all that it reaches, the arm's settings, ``shared``, the seed,
-    the kind of device and the precision; where a whole run lies under it, it is loaded. Several
-    processes may work on one grid: each run is made by one of them. A rehearsal stores nothing that counts.
+    A run is ``train(seed=seed, folder=folder, **shared, **arm)`` with all generators seeded. It is stored under the
+    fingerprint of the function with all code that it reaches, the arm's settings, ``shared``, the seed, the kind of
+    device and the precision, all as they are at this call; where a whole run lies under it, it is loaded. Not seen are
+    the contents of files and environment variables that ``train`` reads by itself, and the versions of installed
+    libraries: hand contents in as settings or through ``shared``. A rehearsal stores nothing that counts.
+
+    Runs are spread over processes of one thread each, one a GPU where there are several, and through the backend that
+    the caller set with ``joblib.parallel_config`` (``"dask"``, ``"ray"``): then ``KDLIB_HOME`` must be a folder that all
+    machines share, and the backend says how many run at once.
 
     Args:
         name: the grid's folder in the store; one an experiment.
-        train: may be defined in a notebook. ``folder`` is for ``fit(folder=folder / "phase1")``: what a
-            killed run leaves there is found by the next call. It goes when the run is finished.
+        train: may be defined in a notebook. ``folder`` is for ``fit(folder=folder / "phase1")``: what a killed run
+            leaves there is found by the next call. It goes when the run is finished.
         arms: settings by arm.
         seeds: each used for every arm, so that differences are paired.
-        shared: big things that all runs use, such as data sets and teachers.
-        jobs: processes, of one thread each; 1 runs in this process. Default: ``scale.jobs()``.
-        store: a folder; default ``runs`` in ``files.home()``.
-        progress: say what is loaded and show a bar.
+        shared: big things that all runs use, such as data sets and teachers; or a function of the seed that gives them.
+        jobs: processes; 1 runs in this one. Default: ``scale.jobs()``.
+        progress: show a bar while runs are made.
 
     Raises:
         ValueError: no arms or seeds, a seed twice, or a setting's name that is taken.
-        RuntimeError: some runs failed; the others are stored. A FloatingPointError is no failure but a
-            divergence, and is stored as such.
+        RuntimeError: some runs failed; the others are stored. A FloatingPointError is no failure but a divergence, and
+            is stored as such.
     """
-    shared = shared or {}
-    _check(arms, seeds, shared)
-    rehearsal = scale.rehearsing()
-    store = Path(store or files.home() / "runs") if not rehearsal else _rehearsal_store()
-    tasks = _tasks(store / _slug(name), train, arms, seeds, shared)
+    given = {seed: shared(seed) if callable(shared) else shared or {} for seed in seeds}
+    if not arms or not seeds or len(given) < len(seeds):
+        raise ValueError(f"a grid needs arms and seeds, each one once; arms are {list(arms)}, seeds are {list(seeds)}")
+    for arm, settings in arms.items():
+        if taken := {"seed", "folder", *given[seeds[0]]} & set(settings):
+            raise ValueError(f"arm {arm!r} sets {sorted(taken)}, which the grid gives to train itself; rename them")
+    store = Path(_rehearsed().name) if scale.rehearsing() else files.home() / "runs"
+    tasks = _tasks(store / _slug(name), train, arms, given)
     found = {task.folder: _load(task) for task in tasks}
-    todo = [task for task in tasks if found[task.folder] is None]
-    jobs = min(1 if rehearsal else jobs or scale.jobs(), len(todo))
-    if progress:
-        left = f"{len(todo)} to train on {jobs} process{'es' if jobs > 1 else ''}" if todo else "none to train"
-        print(f"{name}: {len(tasks)} runs, {len(tasks) - len(todo)} from the store, {left}")
-    failures = _make_all(todo, train, shared, jobs, progress)
+    todo = [task for task in tasks if not found[task.folder]]
+    ends = _made(todo, train, given, 1 if scale.rehearsing() else jobs or scale.jobs())
+    ends = tqdm(ends, total=len(todo), desc=name, unit="run", disable=not (todo and progress))
+    failures = [f"arm {task.arm!r}, seed {task.seed}: {error}" for task, error in ends if error]
     if failures:
-        told = "\n".join(f"arm {task.arm!r}, seed {task.seed}: {error}" for task, error in failures)
-        raise RuntimeError(
-            f"{len(failures)} of {len(tasks)} runs failed, the others are stored; mend the cause and call "
-            f"again, and only these are made\n{told}"
-        )
+        told = f"{len(failures)} of {len(tasks)} runs failed; mend the cause and call again: the others are stored"
+        raise RuntimeError("\n".join([told, *failures]))
     runs = Runs(found[task.folder] or _load(task) for task in tasks)
-    _spent.update({run.folder: run.seconds for run in runs})
+    for run in runs:
+        made = not found[run.folder] or _counted.get(run.folder, (0.0, False))[1]
+        _counted[run.folder] = (run.seconds, made)
     return runs
+
+
+def spent() -> float:
+    """Seconds of all runs that this process's grids made or loaded, each once: what the chapter's training takes."""
+    return sum(seconds for seconds, _ in _counted.values())
+
+
+def counted() -> tuple[int, int]:
+    """How many runs this process's grids made or loaded, and how many of them were loaded."""
+    return len(_counted), sum(not made for _, made in _counted.values())
 
 
 def tune(
@@ -198,6 +195,7 @@ def tune(
     seeds: Sequence[int],
     *,
     metric: str = "validation",
+    widen: dict[str, int] | None = None,
     **options: Any,
 ) -> tuple[dict[str, dict[str, Any]], pandas.DataFrame]:
     """The best settings of each family by its runs' mean ``metric``: a grid search in which all are treated alike.
@@ -205,290 +203,198 @@ def tune(
     Args:
         name: of the grid in the store.
         train: as for :func:`run_grid`.
-        families: candidate settings of each family; what differs between a family's candidates is what is tuned. Of
-            several that are equally good the first is chosen; a single one is not tried.
+        families: candidate settings of each family; of several that are equally good the first is chosen, and a single
+            one is not tried.
         seeds: to tune on; use others to report on.
         metric: of the runs, larger is better. A candidate that diverged for one seed is out.
-        options: ``shared``, ``jobs`` and the like, for :func:`run_grid`.
+        widen: numbers whose grid may grow, and how often: where a family's best value is the smallest or the largest
+            tried, the next one outside, a factor of three further, is tried too.
+        options: for :func:`run_grid`.
 
     Returns:
-        The chosen settings by family, and a table of what was tried: a row a candidate, with the family, what was
-        tuned, and the mean metric.
+        The chosen settings by family, and a row a candidate that was tried, with its settings and its mean metric.
 
     Raises:
         ValueError: a family without candidates, or no candidate of it ran through.
     """
-    import pandas
-
-    arms, tried = {}, []
-    for family, candidates in families.items():
-        if not candidates:
-            raise ValueError(f"family {family!r} has no candidates; give it at least one dict of settings")
-        varied = [
-            key
-            for key, value in candidates[0].items()
-            if any(c[key] is not value and c[key] != value for c in candidates)
-        ]
-        for number, settings in enumerate(candidates if len(candidates) > 1 else []):
-            values = {key: _words(settings[key]) for key in varied}
-            label = f"{family} @ {', '.join(map(str, values.values()))}"
-            arms[label] = settings
-            tried.append({"family": family, "number": number, "arm": label, **values})
+    if empty := [family for family, candidates in families.items() if not candidates]:
+        raise ValueError(f"family {empty[0]!r} has no candidates; give it at least one dict of settings")
     chosen = {family: candidates[0] for family, candidates in families.items()}
-    if not arms:
-        return chosen, pandas.DataFrame(columns=["family", metric])
-    frame = run_grid(name, train, arms, seeds, **options).frame()
-    if metric not in frame:  # all diverged
-        frame[metric] = math.nan
-    means = frame.groupby("arm")[metric].agg(lambda values: values.mean(skipna=False))
-    table = pandas.DataFrame(tried)
-    table[metric] = means.reindex(table["arm"]).to_numpy()
-    for family, rows in table.groupby("family", sort=False):
-        if rows[metric].isna().all():
-            raise ValueError(f"no candidate of family {family!r} ran through; try smaller learning rates")
-        chosen[family] = families[family][rows.loc[rows[metric].idxmax(), "number"]]
-    return chosen, table.drop(columns=["arm", "number"])
+    todo = [(family, settings) for family, given in families.items() if len(given) > 1 for settings in given]
+    tried: dict[str, list[tuple[dict, float]]] = {family: [] for family, _ in todo}
+    left = dict(widen or {})
+    while todo:
+        arms = {f"{family} @ {fingerprint(settings)[:8]}": (family, settings) for family, settings in todo}
+        runs = run_grid(name, train, {arm: settings for arm, (_, settings) in arms.items()}, seeds, **options)
+        for arm, (family, settings) in arms.items():
+            scores = [run.metrics.get(metric, np.nan) for run in runs if run.arm == arm]
+            tried[family].append((settings, float(np.mean(scores))))
+        for family, scored in tried.items():
+            if np.isnan([score for _, score in scored]).all() and not scale.rehearsing():
+                raise ValueError(f"no candidate of family {family!r} ran through; try smaller learning rates")
+            chosen[family] = max(scored, key=lambda found: np.nan_to_num(found[1], nan=-np.inf))[0]
+        todo = [(family, more) for family in tried for more in _outside(chosen[family], tried[family], left)]
+        left = {key: times - 1 for key, times in left.items()}
+    found = [(family, settings, score) for family, scored in tried.items() for settings, score in scored]
+    table = pandas.DataFrame(
+        [{"family": family, **_words(settings), metric: score} for family, settings, score in found]
+    )
+    return chosen, table if found else pandas.DataFrame(columns=["family", metric])
 
 
-def spent() -> float:
-    """Seconds of all runs that this process's grids made or loaded, each once: what the chapter's training takes.
+def _outside(best: dict[str, Any], tried: list[tuple[dict, float]], left: dict[str, int]) -> list[dict[str, Any]]:
+    """``best`` with the next value outside, for each number whose best value is at an edge of those tried."""
+    found = []
+    for key in (key for key, times in left.items() if times > 0):
+        values = {settings[key] for settings, _ in tried}
+        for edge, factor in ((min(values), 1 / 3), (max(values), 3)):
+            if best[key] == edge and len(values) > 1:
+                found.append({**best, key: float(f"{edge * factor:.2g}")})
+    return found
 
-    A loaded run counts with the seconds that it once took, so the sum does not depend on what the store holds. A grid
-    within a train function counts within that function's run, whose seconds hold it.
-    """
-    return sum(_spent.values())
+
+def _tasks(folder: Path, train: Callable, arms: dict[str, dict], given: dict[int, dict]) -> list[_Task]:
+    """Every run with the folder that is named after its fingerprint, taken anew at each call."""
+    memo: dict[int, Any] = {}
+    code = fingerprint(train, scale.device().type, scale.precision(), memo=memo)
+    common = {seed: fingerprint(code, shared, seed, memo=memo) for seed, shared in given.items()}
+    own = {arm: fingerprint(settings, memo=memo) for arm, settings in arms.items()}
+    return [
+        _Task(folder / f"{_slug(arm)}-s{seed}-{fingerprint(common[seed], own[arm])[:12]}", arm, seed, settings)
+        for arm, settings in arms.items()
+        for seed in given
+    ]
 
 
 @functools.cache
-def _rehearsal_store() -> Path:
-    """A store for this process only: what is rehearsed is rehearsed anew each time."""
-    folder = tempfile.mkdtemp(prefix="kdlib-rehearsal-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-def _check(arms: dict[str, dict[str, Any]], seeds: Sequence[int], shared: dict[str, Any]) -> None:
-    if not arms or not seeds:
-        raise ValueError(f"a grid needs arms and seeds; arms are {list(arms)}, seeds are {list(seeds)}")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds are {list(seeds)}; give each one once, or it would count twice in the intervals")
-    for arm, settings in arms.items():
-        if taken := {"seed", "folder", *shared} & set(settings):
-            raise ValueError(f"arm {arm!r} sets {sorted(taken)}, which the grid gives to train itself; rename them")
-
-
-def _tasks(folder: Path, train: Callable, arms: dict, seeds: Sequence[int], shared: dict[str, Any]) -> list[_Task]:
-    common = fingerprint(train, shared, scale.device().type, scale.precision())
-    tasks = []
-    for arm, settings in arms.items():
-        own = fingerprint(common, settings)
-        for seed in seeds:
-            key = fingerprint(own, int(seed))
-            tasks.append(_Task(arm, int(seed), settings, key, folder / f"{_slug(arm)}-s{seed}-{key[:12]}"))
-    return tasks
+def _rehearsed() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="kdlib-rehearsal-")
 
 
 def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
 
 
-# Making runs ------------------------------------------------------------------------------------------------
+def _load(task: _Task) -> Run | None:
+    """The stored run, if it is whole."""
+    try:
+        record = files.read_json(task.folder / RECORD)
+        return Run(**{**record, "arm": task.arm, "folder": task.folder})
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        print(f"arm {task.arm!r}, seed {task.seed} is damaged in the store and made again: {error}")
+        (task.folder / RECORD).unlink()
+        return None
 
 
-def _make_all(
-    todo: list[_Task], train: Callable, shared: dict[str, Any], jobs: int, progress: bool
-) -> list[tuple[_Task, str]]:
-    """Make the runs; return what failed and why. Those that another process makes are waited for last."""
-    from tqdm.auto import tqdm
-
-    failures = []
-    with tqdm(total=len(todo), desc="runs", disable=not (todo and progress)) as bar:
-        for wait in (False, True):
-            busy = []
-            for task, state in _spread(todo, train, shared, jobs, wait):
-                if state == _BUSY:
-                    busy.append(task)
-                    continue
-                if state:
-                    failures.append((task, state))
-                bar.update()
-            todo = busy
-    return failures
+# --- making runs, here and elsewhere ---
 
 
-def _spread(
-    todo: list[_Task], train: Callable, shared: dict[str, Any], jobs: int, wait: bool
-) -> Iterator[tuple[_Task, str]]:
-    """Make runs, in this process or in several, and yield each with what :func:`_make` says."""
-    if jobs <= 1 or not todo:
-        for task in todo:
-            yield task, _make(task, train, shared, wait)
+def _made(todo: list[_Task], train: Callable, given: dict[int, dict], jobs: int) -> Iterator[tuple[_Task, str]]:
+    """Make runs, in this process or in others, and yield each with its failure, or ""."""
+    backend, _ = joblib.parallel.get_active_backend()
+    local = type(backend).__name__ in ("LokyBackend", "SequentialBackend", "ThreadingBackend")
+    jobs = min(jobs, len(todo)) if local else None
+    if not todo or jobs == 1:
+        yield from ((task, _make(task, train, given[task.seed])) for task in todo)
         return
-    import cloudpickle
-
     # a function that says `.classes` or `.ops` makes cloudpickle reach for torch's namespaces of these names
     for name in ("classes", "ops"):
-        copyreg.pickle(type(getattr(torch, name)), functools.partial(_torch_attribute, name))
-    given, lost = cloudpickle.dumps((train, shared)), []
-    for task, state in _in_processes(todo, given, jobs, wait):
-        if state is None:
-            lost.append(task)
-        else:
-            yield task, state
-    if lost:  # a killed worker takes its pool with it: what was under way resumes, one at a time
-        print(f"A worker process was killed (out of memory?). {len(lost)} runs go on, one at a time.")
-    for task in sorted(lost, key=todo.index):
-        for _, state in _in_processes([task], given, 1, wait):
-            killed = "its process was killed twice; was there too little memory? Try jobs=1 or smaller batches"
-            yield task, killed if state is None else state
+        copyreg.pickle(type(getattr(torch, name)), lambda _, name=name: (getattr, (torch, name)))
+    env = {key: value for key, value in os.environ.items() if key.startswith("KDLIB_")}
+    env |= {"KDLIB_HOME": str(files.home()), "KDLIB_SCALE": scale.scale(), "KDLIB_WORKER": "1"}
+    store, by_folder = todo[0].folder.parent, {task.folder: task for task in todo}
+    store.mkdir(parents=True, exist_ok=True)
+    config = joblib.parallel_config("loky", inner_max_num_threads=1) if local else contextlib.nullcontext()
+    with config, tempfile.TemporaryDirectory(dir=store, prefix=".given.") as place:
+        path = Path(place) / "given"  # once, and not with every run; in the store, which other machines see as well
+        path.write_bytes(cloudpickle.dumps((train, by_folder, given)))
+        order = "generator_unordered" if backend.supports_return_generator or local else "list"
+        calls = (joblib.delayed(_make_elsewhere)(folder, path, env) for folder in by_folder)
+        try:
+            for folder, error in joblib.Parallel(jobs, return_as=order, batch_size=1)(calls):
+                yield by_folder[folder], error
+        except TerminatedWorkerError as error:
+            raise RuntimeError(
+                "the process of a run was killed (out of memory? jobs=1 and smaller batches need less). "
+                "Call again: what is stored is kept, and runs go on from their checkpoints"
+            ) from error
 
 
-def _torch_attribute(name: str, _: Any) -> tuple:
-    return getattr, (torch, name)
+def _make_elsewhere(folder: Path, path: Path, env: dict[str, str]) -> tuple[Path, str]:
+    """Make a run in a worker, which may be a thread of a cluster's: generators and environment are for one at a time.
+
+    What comes back is plain: a worker may be unable to pickle the settings that it was given.
+    """
+    with _one_at_a_time:
+        before = {name: value for name, value in os.environ.items() if name in env}
+        os.environ.update(env)
+        try:
+            _take_gpu()
+            torch.set_num_threads(1)
+            train, tasks, given = _unpacked(path)
+            return folder, _make(tasks[folder], train, given[tasks[folder].seed])
+        finally:
+            for name in env:
+                del os.environ[name]
+            os.environ.update(before)
 
 
-def _in_processes(todo: list[_Task], given: bytes, jobs: int, wait: bool) -> Iterator[tuple[_Task, str | None]]:
-    """Make runs in worker processes of one thread each; None is said of those that a killed worker left."""
-    from concurrent.futures import BrokenExecutor
-
-    from joblib.externals import loky
-
-    env = {"KDLIB_WORKER": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    pool = loky.ProcessPoolExecutor(jobs, env=env, initializer=_start_worker, initargs=(given,))
-    try:
-        futures = {pool.submit(_make_in_worker, task, wait): task for task in todo}
-        for future in loky.as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenExecutor:
-                yield futures[future], None
-        pool.shutdown(wait=True)
-    finally:  # also when interrupted
-        pool.shutdown(wait=True, kill_workers=True)
-
-
-_given = b""
-
-
-def _start_worker(given: bytes) -> None:
-    global _given
-    _given = given
-    torch.set_num_threads(1)
+@functools.lru_cache(maxsize=1)
+def _unpacked(path: Path) -> tuple[Callable, dict[Path, _Task], dict[int, dict[str, Any]]]:
+    """What the process that started this one wrote; nothing that is stored is ever unpickled."""
+    return cloudpickle.loads(path.read_bytes())
 
 
 @functools.cache
-def _unpacked() -> tuple[Callable, dict[str, Any]]:
-    return pickle.loads(_given)  # from the process that started this one; nothing stored is ever unpickled
+def _take_gpu() -> FileLock | None:
+    """Of several GPUs let this worker see one that no other worker has, for as long as it lives."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    for gpu in seen.split(",") if "," in seen else ():
+        lock = FileLock(Path(tempfile.gettempdir()) / f"kdlib-gpu-{gpu}.lock")
+        with contextlib.suppress(Timeout):
+            lock.acquire(blocking=False)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return lock
+    return None
 
 
-def _make_in_worker(task: _Task, wait: bool) -> str:
-    return _make(task, *_unpacked(), wait)
-
-
-def _make(task: _Task, train: Callable, shared: dict[str, Any], wait: bool) -> str:
-    """Make one run, alone among all processes: "" if it is stored, ``_BUSY``, or the failure's traceback."""
-    from filelock import FileLock, Timeout
-
-    task.folder.mkdir(parents=True, exist_ok=True)
-    own = FileLock(task.folder / "run.lock")
-    try:
-        own.acquire(blocking=wait)
-    except Timeout:
-        return _BUSY
-    try:
-        if _load(task) is None:
-            _train(task, train, shared)
-        return ""
-    except Exception:
-        (task.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        return traceback.format_exc()
-    finally:
-        own.release()
-
-
-def _train(task: _Task, train: Callable, shared: dict[str, Any]) -> None:
-    """Call ``train`` and store what it returns; the record comes last, so a run is whole or not there."""
-    work, began, divergence = task.folder / "work", time.perf_counter(), None
-    work.mkdir(exist_ok=True)
-    try:
-        with _seeded(task.seed), _counted_once():
-            outcome = train(seed=task.seed, folder=work, **shared, **task.settings)
-    except FloatingPointError as error:
-        outcome, divergence = Outcome({}), str(error)
-    if not isinstance(outcome, Outcome):
-        raise TypeError(f"train returned a {type(outcome).__name__}; it must return a kd.Outcome")
-    record = {
-        "arm": task.arm,
-        "seed": task.seed,
-        "settings": _words(task.settings),
-        "metrics": {name: float(value) for name, value in outcome.metrics.items()},
-        "history": [_words(row) for row in outcome.history],
-        "diverged": divergence,
-        "seconds": time.perf_counter() - began,
-        "hardware": scale.hardware(),
-        "versions": scale.environment(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "fingerprint": task.key,
-        "files": _store(task.folder, outcome),
-    }
-    files.write_json(task.folder / RECORD, record)
-    (task.folder / "error.txt").unlink(missing_ok=True)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _store(folder: Path, outcome: Outcome) -> dict[str, str]:
-    """Write the models and arrays; return their checksums."""
-    models = outcome.model if isinstance(outcome.model, dict) else {"": outcome.model} if outcome.model else {}
-    weights = {
-        f"{part}/{name}" if part else name: tensor
-        for part, model in models.items()
-        for name, tensor in model.state_dict().items()
-    }
-    if weights:
-        files.write_tensors(folder / MODEL, weights, {"parts": [part for part in models if part]})
-    if outcome.arrays:
-        files.write_tensors(folder / ARRAYS, outcome.arrays)
-    kept = [name for name, there in ((MODEL, weights), (ARRAYS, outcome.arrays)) if there]
-    return {name: files.sha256(folder / name) for name in kept}
-
-
-def _load(task: _Task) -> Run | None:
-    """The stored run, or None where there is none that is whole."""
-    path = task.folder / RECORD
-    if not path.exists():
-        return None
-    try:
-        record = files.read_json(path)
-        if record["fingerprint"] != task.key:
-            raise ValueError("it is of another run")
-        for name, checksum in record["files"].items():
-            if files.sha256(task.folder / name) != checksum:
-                raise ValueError(f"{name} has other bytes than were stored")
-        given = {key: record[key] for key in ("arm", "seed", "metrics", "history", "settings", "seconds", "hardware")}
-        run = Run(**given, folder=task.folder, diverged=record["diverged"] is not None)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        print(f"The stored run {task.folder} is damaged ({error!r}); it is made again.")
-        path.unlink(missing_ok=True)
-        return None
-    shutil.rmtree(task.folder / "work", ignore_errors=True)  # of a process killed after its last write
-    return run
+def _make(task: _Task, train: Callable, shared: dict[str, Any]) -> str:
+    """Make one run, alone among all processes, and say why it failed, or "". The record is written last."""
+    work, began, diverged = task.folder / "work", time.perf_counter(), None
+    with files.lock(task.folder / "run"):
+        if (task.folder / RECORD).exists():
+            return ""
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            with _alone(task.seed):
+                outcome = train(seed=task.seed, folder=work, **shared, **task.settings)
+            if not isinstance(outcome, Outcome):
+                raise TypeError(f"train returned a {type(outcome).__name__}; it must return a kd.Outcome")
+            metrics = {name: float(value) for name, value in outcome.metrics.items()}
+        except FloatingPointError as error:
+            outcome, metrics, diverged = Outcome({}), {}, str(error)
+        except Exception:
+            return traceback.format_exc()
+        if outcome.model is not None:
+            files.write_tensors(task.folder / MODEL, outcome.model.state_dict())
+        if outcome.arrays:
+            files.write_tensors(task.folder / ARRAYS, outcome.arrays)
+        record = {
+            "seed": task.seed, "metrics": metrics, "history": _words(outcome.history), "settings": _words(task.settings),
+            "diverged": diverged, "hardware": scale.hardware(), "seconds": time.perf_counter() - began,
+            "made": {"arm": task.arm, "date": time.strftime("%Y-%m-%d"), **scale.environment()},
+        }  # fmt: skip
+        files.write_json(task.folder / RECORD, record)
+        shutil.rmtree(work, ignore_errors=True)
+    return ""
 
 
 @contextlib.contextmanager
-def _counted_once() -> Iterator[None]:
-    """Runs of grids within a train function are in its own seconds: forget them in :func:`spent`."""
-    before = dict(_spent)
-    try:
-        yield
-    finally:
-        _spent.clear()
-        _spent.update(before)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed all generators for a run and give the caller's back: whether a run was loaded must not matter."""
-    python, array = random.getstate(), np.random.get_state()
+def _alone(seed: int) -> Iterator[None]:
+    """Seed all generators for a run and give the caller's back; grids within a run count within it."""
+    python, array, before = random.getstate(), np.random.get_state(), dict(_counted)
     try:
         with torch.random.fork_rng():
             scale.seed_everything(seed)
@@ -496,21 +402,20 @@ def _seeded(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(array)
+        _counted.clear()
+        _counted.update(before)
 
 
 def _words(value: Any) -> Any:
-    """``value`` as JSON can say it."""
+    """``value`` as JSON can say it, without addresses in memory."""
+    if isinstance(value, functools.partial):
+        given = [*map(_words, value.args), *(f"{key}={_words(item)}" for key, item in value.keywords.items())]
+        return f"{_words(value.func)}({', '.join(map(str, given))})"
     if isinstance(value, dict):
         return {str(key): _words(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_words(item) for item in value]
-    if isinstance(value, (type(None), bool, int, float, str)):
-        return value
+        return [*map(_words, value)]
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
-    if isinstance(value, functools.partial):  # without the address in memory that its repr has
-        given = [*map(str, map(_words, value.args)), *(f"{key}={_words(item)}" for key, item in value.keywords.items())]
-        return f"{_words(value.func)}({', '.join(given)})"
-    if isinstance(mark := getattr(value, "fingerprint", None), str):
-        return f"{type(value).__name__} {mark[:12]}"
-    return getattr(value, "__qualname__", None) or repr(value)
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return value if plain else getattr(value, "__qualname__", None) or type(value).__name__

@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 for name in (
     "KDLIB_DATA",
@@ -12,8 +13,6 @@ for name in (
     "KDLIB_REHEARSE",
     "KDLIB_RESULTS",
     "KDLIB_FIGURES",
-    "KDLIB_BAND_LOG",
-    "KDLIB_FIRST_SEED",
 ):
     os.environ.pop(name, None)
 os.environ |= {
@@ -22,6 +21,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
     "KDLIB_HOME": tempfile.mkdtemp(prefix="kdlib-tests-"),  # for what a module shares; each test has its own, below
 }
 atexit.register(shutil.rmtree, os.environ["KDLIB_HOME"], ignore_errors=True)

@@ -23,7 +23,7 @@ class Rows:
     def __init__(self, n=12, order=None, noise=0.0, ids=None):
         generator = torch.Generator().manual_seed(0)
         self.x, self.y = torch.randn(n, 3, generator=generator), torch.arange(n) % 4
-        self.ids = torch.arange(n) + 50 if ids is None else ids
+        self.labels, self.ids = self.y, torch.arange(n) + 50 if ids is None else ids
         self.order = torch.arange(n) if order is None else order
         self.noise, self.fingerprint = noise, f"rows {n} {self.order.tolist()} {noise} {self.ids.tolist()}"
 
@@ -54,9 +54,9 @@ def error(cached, teacher, data, view=0):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.permutations(range(12)), ids=st.permutations(range(100, 112)), views=st.permutations([0, 1]))
-def test_neither_reading_order_nor_ids_nor_order_of_views_matters(order, ids, views, tmp_path_factory):
+def test_neither_reading_order_nor_ids_nor_order_of_views_matters(order, ids, views):
     teacher, data = wrap(), Rows(order=torch.tensor(order), ids=torch.tensor(ids))
-    cached = kd.cache_teacher(teacher, data, views=views, folder=tmp_path_factory.mktemp("pack") / "p")
+    cached = kd.cache_teacher(teacher, data, views=views)
     for view in (0, 1):
         assert error(cached, teacher, data, view) < 1e-6
     batch = next(data.view_batches(0))
@@ -66,14 +66,14 @@ def test_neither_reading_order_nor_ids_nor_order_of_views_matters(order, ids, vi
 
 def test_without_a_view_a_pack_of_mirror_images_is_refused():
     cached = kd.cache_teacher(wrap(), Rows(), views=(1,))
-    with pytest.raises(ValueError, match="asks for view 0"):
+    with pytest.raises(ValueError, match="in view 0"):
         cached({"id": torch.tensor([50])})
 
 
 @pytest.mark.parametrize("view", [-1, -2, 2, 9])
 def test_a_view_out_of_range_is_never_another_one(view):
     cached = kd.cache_teacher(wrap(), Rows(), views=(0, 1))
-    with pytest.raises(ValueError, match=f"asks for view {view};"):
+    with pytest.raises(ValueError, match=f"id 51 in view {view}:"):
         cached({"id": torch.tensor([50, 51]), "view": torch.tensor([0, view])})
 
 
@@ -97,19 +97,16 @@ def test_the_card_describes_the_answers_whatever_the_reading_order():
 # --- data whose answers cannot be kept ---
 
 
-@pytest.mark.parametrize(
-    "data", [Rows(noise=0.1), type("Cropped", (Rows,), {"augment": True})()], ids=["noise", "augment"]
-)
-def test_random_augmentation_is_refused(data):
-    with pytest.raises(ValueError, match="augment.*pass the data set itself"):
-        kd.cache_teacher(wrap(), data)
+def test_random_augmentation_is_refused():
+    with pytest.raises(ValueError, match="another one each time.*pass the data set itself"):
+        kd.cache_teacher(wrap(), Rows(noise=0.1))
 
 
 def test_data_that_ignore_the_view_are_refused():
     data = Rows()
     read = data.view_batches
     data.view_batches = lambda view=0: read(0)
-    with pytest.raises(ValueError, match="asked for view 1"):
+    with pytest.raises(ValueError, match="view 1 of the data"):
         kd.cache_teacher(wrap(), data, views=(0, 1))
 
 
@@ -119,12 +116,6 @@ def test_data_that_stop_early_are_refused():
     data.view_batches = lambda view=0: iter([next(read(view))])
     with pytest.raises(ValueError, match="gave 5 examples, not each of its 12 ids once"):
         kd.cache_teacher(wrap(), data)
-
-
-def test_ids_too_far_apart_are_refused_before_the_teacher_is_asked(monkeypatch):
-    monkeypatch.setattr(kd.Teacher, "__call__", lambda *_: pytest.fail("the teacher was asked"))
-    with pytest.raises(ValueError, match="spread over 1,099,511,627,777 numbers"):
-        kd.cache_teacher(wrap(), Rows(2, ids=torch.tensor([0, 2**40])))
 
 
 def test_data_need_no_name():
@@ -150,8 +141,7 @@ def test_weights_written_past_torchs_counters_are_noticed_before_a_pack_is_serve
     teacher, data = wrap(), Rows()
     kd.cache_teacher(teacher, data)
     teacher.model[0].weight.data.mul_(2)  # as many moving averages of weights do
-    with pytest.raises(RuntimeError, match="were changed"):
-        kd.cache_teacher(teacher, data)
+    assert error(kd.cache_teacher(teacher, data), teacher, data) < 1e-6  # the changed teacher was asked
 
 
 @pytest.mark.parametrize("content", ['{"teacher": "t", ', "[]", "null", "{}", "\xff\xfe"])
@@ -159,28 +149,64 @@ def test_a_card_that_is_none_is_refused_or_made_again(content, capsys):
     teacher, data = wrap(), Rows()
     folder = kd.cache_teacher(teacher, data).folder
     (folder / "card.json").write_bytes(content.encode("latin1"))
-    with pytest.raises(ValueError, match="damaged or was edited"):
-        kd.CachedTeacher.load(folder)
+    with pytest.raises(ValueError):
+        kd.CachedTeacher.load(folder, data)
     assert error(kd.cache_teacher(teacher, data), teacher, data) < 1e-6
     assert "asked again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("claim", [{"views": [1, 0]}, {"vocabulary": 5}, {"accuracy": 0.99}, {"licence": "CC0"}])
-def test_a_card_that_was_edited_is_refused(claim):
-    folder = kd.cache_teacher(wrap(), Rows(), views=(0, 1)).folder
-    files.write_json(folder / "card.json", files.read_json(folder / "card.json") | claim)
-    with pytest.raises(ValueError, match="damaged or was edited"):
-        kd.CachedTeacher.load(folder)
-
-
 @pytest.mark.parametrize("where", [0, 8, 40, -1])
 def test_one_flipped_bit_anywhere_is_refused(where):
-    folder = kd.cache_teacher(wrap(), Rows()).folder
+    data = Rows()
+    folder = kd.cache_teacher(wrap(), data).folder
     content = bytearray((folder / "pack.safetensors").read_bytes())
     content[where] ^= 1
     (folder / "pack.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
-        kd.CachedTeacher.load(folder)
+        kd.CachedTeacher.load(folder, data)
+
+
+def test_answers_about_rows_numbered_anew_are_refused():
+    data = Rows()
+    folder = kd.cache_teacher(wrap(), data).folder
+    part = Rows(ids=torch.arange(12))
+    with pytest.raises(ValueError, match="holds answers about .* not about these 12 examples"):
+        kd.CachedTeacher.load(folder, part)
+    assert len(kd.CachedTeacher.load(folder, data).ids) == 12
+
+
+class Listed(nn.Module):
+    """Its members are in a list, a dictionary and a plain attribute, where torch does not look."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.kept, self.more = [net(seed)], {"shift": torch.ones(4)}
+        self.factor = torch.full((4,), 2.0)
+
+    def forward(self, x):
+        return self.factor * self.kept[0](x) + self.more["shift"]
+
+
+def test_what_torch_overlooks_is_frozen_counted_and_watched():
+    first, second = kd.Teacher(Listed(0), name="t"), kd.Teacher(Listed(1), name="t")
+    assert not any(m.training for m in first.model.kept[0].modules()) and first.fingerprint != second.fingerprint
+    batch = next(Rows().view_batches(0))
+    assert torch.equal(first(batch), first(batch))
+    before = first.fingerprint
+    first.model.factor.mul_(3)
+    with pytest.raises(RuntimeError, match="were changed"):
+        first(batch)
+    assert first.fingerprint != before
+    second.model.kept[0].train()
+    with pytest.raises(RuntimeError, match="training mode"):
+        second(batch)
+
+
+def test_half_precision_and_functions():
+    data, half = Rows(), wrap(net().bfloat16())
+    assert half(next(data.view_batches(0))).dtype == torch.float32
+    with pytest.raises(TypeError, match="'f' is a function; wrap it as an nn.Module"):
+        kd.Teacher(lambda x: x, name="f")
 
 
 # --- a full disk ---
@@ -208,13 +234,6 @@ def test_a_disk_that_fills_up_leaves_neither_pack_nor_part(target, monkeypatch):
 # --- what is stored ---
 
 
-def test_logits_too_large_for_half_precision_are_refused():
-    model = net()
-    model[4].weight.mul_(1e6)
-    with pytest.raises(ValueError, match="do not fit into torch.float16"):
-        kd.cache_teacher(wrap(model), Rows(), dtype=torch.float16)
-
-
 def test_infinity_is_refused_but_a_masked_class_is_kept():
     model = net()
     model[4].bias[0] = float("inf")
@@ -223,39 +242,6 @@ def test_infinity_is_refused_but_a_masked_class_is_kept():
     model[4].bias[0] = -float("inf")
     cached = kd.cache_teacher(wrap(model), Rows())
     assert (cached({"id": torch.tensor([50])})[0, 0] == -float("inf")).item()
-
-
-@pytest.mark.parametrize("k", [0, -1])
-def test_keeping_no_logits_is_refused(k):
-    with pytest.raises(ValueError, match=f"top_k is {k}"):
-        kd.cache_teacher(wrap(), Rows(), top_k=k)
-
-
-def test_top_k_is_the_teachers_head_and_an_even_tail():
-    teacher, data = wrap(net(classes=9)), Rows()
-    sparse = kd.cache_teacher(teacher, data, top_k=3)
-    for batch in data.view_batches(0):
-        p, q = teacher(batch).softmax(-1), sparse(batch).softmax(-1)
-        head, where = p.topk(3)
-        tail = torch.ones_like(q, dtype=torch.bool).scatter(-1, where, False)
-        assert torch.allclose(q.gather(-1, where), head, atol=1e-5)
-        assert torch.allclose(q[tail].view(-1, 6), ((1 - head.sum(-1)) / 6)[:, None].expand(-1, 6), atol=1e-5)
-
-
-def test_a_top_k_pack_is_small_in_memory_too():
-    class Vocabulary(Rows):
-        pass
-
-    data, classes = Vocabulary(200), 5_000
-    cached = kd.cache_teacher(wrap(net(classes=classes)), data, top_k=4)
-    held = sum(t.numel() * t.element_size() for t in _tensors(cached))
-    assert held < 0.05 * 200 * classes * 4  # of the dense table
-    assert cached(next(data.view_batches(0))).shape == (5, classes)
-
-
-def _tensors(cached):
-    for value in vars(cached).values():
-        yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if isinstance(v, torch.Tensor))
 
 
 # --- copies, as they go to other processes ---
@@ -292,5 +278,5 @@ def test_answers_that_are_no_logits_are_named():
         def forward(self, x):
             return x, x
 
-    with pytest.raises(TypeError, match="answers a tuple, not logits"):
+    with pytest.raises(TypeError, match="answers a tuple; wrap its model"):
         wrap(Pair())(next(Rows().view_batches(0)))

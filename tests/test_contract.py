@@ -151,3 +151,45 @@ def test_whatever_a_stranger_raises_is_a_finding(broken, said):
     found = broken()
     assert not found.ok and said in str(found), str(found)
     assert "inputs look normalised" in str(found)  # the report went on
+
+
+class Softmaxed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Oracle()
+
+    def forward(self, x):
+        return self.inner(x).softmax(-1)
+
+
+class TwoTables(nn.Module):
+    """Word vectors beside a larger table of positions, as in BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.positions, self.words, self.head = nn.Embedding(512, 4), nn.Embedding(300, 4), nn.Linear(4, 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.words(input_ids).mean(1))
+
+
+@pytest.mark.parametrize(
+    "broken, said",
+    [
+        (lambda: report(Softmaxed()), "ends in a softmax"),
+        (lambda: report(Oracle(order=[1, 0, 2, 3])), "permuted"),  # two classes swapped: right half of the time
+        (lambda: report(data={**batch(), "x": batch()["x"].abs() / 4}), "divide by 255"),
+        (lambda: report(data={**batch(), "y": nn.functional.one_hot(batch()["y"])}), "labels have the shape [128, 4]"),
+    ],
+    ids=["softmax", "swapped", "pixels in [0, 1]", "multi-hot"],
+)
+def test_what_looks_right_at_first_is_flagged(broken, said):
+    found = broken()
+    assert not found.ok and said in str(found), str(found)
+
+
+def test_a_table_of_positions_is_not_the_vocabulary():
+    text = {"input_ids": torch.full((4, 3), 499), "attention_mask": torch.ones(4, 3), "id": torch.arange(4)}
+    wrapped = kd.Teacher(TwoTables(), name="t", inputs=lambda b: {k: b[k] for k in ("input_ids", "attention_mask")})
+    found = kd.check_contract(wrapped, TwoTables(), text)
+    assert "inside the vocabulary of the teacher (300)" in str(found) and not found.ok

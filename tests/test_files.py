@@ -4,7 +4,10 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +15,41 @@ import torch
 from kdlib import files
 
 
-def test_tensors_and_meta_come_back(tmp_path):
-    tensors = {"a": torch.randn(3, 2), "b": torch.arange(4)}
-    files.write_tensors(tmp_path / "t.safetensors", tensors, {"step": 3})
-    back, meta = files.read_tensors(tmp_path / "t.safetensors")
-    assert meta == {"step": 3} and all(torch.equal(back[name], tensors[name]) for name in tensors)
+def test_tensors_come_back(tmp_path):
+    tensors = {"a": torch.randn(3, 2), "b": torch.arange(4), "none": torch.zeros(0, 2)}
+    files.write_tensors(tmp_path / "t.safetensors", tensors)
+    back = files.read_tensors(tmp_path / "t.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
 def test_tensors_that_share_memory_are_written(tmp_path):
     base = torch.arange(6.0)
     files.write_tensors(tmp_path / "t.safetensors", {"a": base[:3], "b": base[:3], "c": base.view(2, 3).T})
-    back, _ = files.read_tensors(tmp_path / "t.safetensors")
-    assert torch.equal(back["c"], base.view(2, 3).T)
+    assert torch.equal(files.read_tensors(tmp_path / "t.safetensors")["c"], base.view(2, 3).T)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_file_that_was_read_is_not_held(tmp_path):
+    """Windows refuses to replace a file that is mapped into memory."""
+    path = tmp_path / "held.safetensors"
+    files.write_tensors(path, {"a": torch.randn(1000)})
+    tensors = files.read_tensors(path)
+    assert "held.safetensors" not in Path("/proc/self/maps").read_text()
+    assert len(tensors["a"]) == 1000
+
+
+def test_a_file_that_another_program_holds_for_a_moment_is_replaced(tmp_path, monkeypatch):
+    replace, refused = os.replace, [PermissionError(errno.EACCES, "held"), PermissionError(errno.EACCES, "held")]
+
+    def holding(*paths):
+        if refused:
+            raise refused.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", holding)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    files.write_json(tmp_path / "x.json", [1])
+    assert files.read_json(tmp_path / "x.json") == [1]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -36,9 +62,48 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_a_full_disk_is_told_with_what_to_do(tmp_path):
-    with pytest.raises(OSError, match="MB are free.*KDLIB_HOME"), files.atomic(tmp_path / "big"):
+    with pytest.raises(OSError, match="No space left.*MB are free.*KDLIB_HOME") as told, files.atomic(tmp_path / "big"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    assert list(tmp_path.iterdir()) == []
+    assert told.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written_is_told_with_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    for write in (lambda path: files.write_json(path, 1), files.lock):
+        with pytest.raises(OSError, match="could not write in .*KDLIB_HOME="):
+            write(tmp_path / "file" / "below" / "x.json")
+
+
+def test_no_home_is_told(monkeypatch):
+    def lost():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KDLIB_HOME")
+    monkeypatch.setattr(Path, "home", lost)
+    with pytest.raises(OSError, match="no home folder; set KDLIB_HOME"):
+        files.home()
+
+
+def test_a_file_system_without_modes_will_do(tmp_path, monkeypatch):
+    """CIFS, exFAT and the like refuse to change them."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for name in ("chmod", "fchmod"):
+        monkeypatch.setattr(os, name, refused, raising=False)
+    files.write_json(tmp_path / "x.json", [1])
+    files.write_tensors(tmp_path / "t.safetensors", {"a": torch.ones(1)})
+    assert files.read_json(tmp_path / "x.json") == [1]
+
+
+def test_a_relative_home_is_that_of_the_caller_wherever_a_kernel_starts(tmp_path):
+    code = (
+        "import os, kdlib; from kdlib import files, scale; os.chdir('/'); print(files.home(), os.environ['KDLIB_DATA'])"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "KDLIB_HOME": "store", "KDLIB_DATA": "../data"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.stdout.split() == [str(tmp_path / "store"), str(tmp_path.parent / "data")], done.stderr
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty"])
@@ -58,7 +123,7 @@ def _rewrite_for_ever(path):
 def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "x.json"
     for _ in range(3):
-        writer = multiprocessing.get_context("spawn").Process(target=_rewrite_for_ever, args=(path,))
+        writer = multiprocessing.get_context("fork").Process(target=_rewrite_for_ever, args=(path,))
         writer.start()
         while not path.exists():
             time.sleep(0.01)

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from chapters import namespace, tagged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import kdlib as kd
-from kdlib.batches import part
-from kdlib.course import cells
-from kdlib.decoding import generate
+from kdlib.data.rows import part
+from kdlib.seq2seq import generate
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "02_imitation_kd.ipynb"
 PAD, BOS, EOS, UNK, IGNORE = 0, 1, 2, 3, -100
@@ -52,13 +52,13 @@ class Method(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def nb():
-    return Method(**cells.method_namespace(NOTEBOOK))
+    return Method(**namespace(tagged(NOTEBOOK, "setup", "method"), "02"))
 
 
 @pytest.fixture(scope="module")
 def task(nb):
     """Twenty pairs, and as D* the same sources with the next pair's target."""
-    toy = kd.data.sequences("toy_translation")
+    toy = kd.data.text("toy_translation")
     data = toy.train.take(slice(0, PAIRS))
     tokenizer = kd.data.train_subwords([*data.sources, *data.targets], vocab_size=90)
     rewritten = data.with_targets([*data.targets[1:], data.targets[0]])
@@ -129,7 +129,7 @@ def quick(monkeypatch):
     def one_word(model, batch, **_):
         return torch.tensor([[7, EOS]]).expand(len(batch["input_ids"]), 2)
 
-    monkeypatch.setattr(kd.decoding, "generate", one_word)
+    monkeypatch.setattr(kd.seq2seq, "generate", one_word)
 
 
 # --- contexts and masks ------------------------------------------------------------------------------------
@@ -476,7 +476,7 @@ def test_a_teacher_of_as_many_but_other_tokens_is_refused(nb, task):
 
 def test_the_share_of_rollouts_that_were_cut_is_logged(nb, task, monkeypatch):
     written = torch.tensor([[7, 8, EOS], [7, 8, 9], [7, EOS, PAD], [7, 8, 9]])
-    monkeypatch.setattr(nb.kd.decoding, "generate", lambda model, batch, **_: written[: len(batch["input_ids"])])
+    monkeypatch.setattr(nb.kd.seq2seq, "generate", lambda model, batch, **_: written[: len(batch["input_ids"])])
     student = student_of(nb, task)
     batches, loss_fn = nb.imitation(
         student, task, Rule(len(task.tokenizer)), epochs=1, seed=0, beta=("constant", 0.0), target="full", group=1
@@ -526,8 +526,8 @@ def test_a_language_model_learns_on_policy_from_where_it_is(nb, task, monkeypatc
     """Its own writing is a constant: it carries no gradient, is drawn in evaluation mode, and a perfect student has no loss."""
     student, asked = lm_of(nb, task).train(), []
     itself = kd.Teacher(copy.deepcopy(student), name="itself", inputs=nb.lm_inputs)
-    write = nb.kd.decoding.generate
-    monkeypatch.setattr(nb.kd.decoding, "generate", lambda *a, **k: asked.append(write(*a, **k)) or asked[-1])
+    write = nb.kd.seq2seq.generate
+    monkeypatch.setattr(nb.kd.seq2seq, "generate", lambda *a, **k: asked.append(write(*a, **k)) or asked[-1])
     assert nb.lm_loss(student.eval(), itself, prompt_batch(), 5, share=1.0).detach().abs() < 1e-5
     assert len(asked) == 1 and asked[0].shape[0] == 3 and not asked[0].requires_grad
     assert not torch.isin(asked[0][:, :1], torch.tensor([PAD, BOS])).any()
@@ -735,7 +735,7 @@ def test_rollouts_stop_at_the_cap_and_at_one_and_a_half_sources(nb, task, monkey
     def endless(model, batch, *, max_length, **_):
         return torch.full((len(batch["input_ids"]), max_length), 7)
 
-    monkeypatch.setattr(kd.decoding, "generate", endless)
+    monkeypatch.setattr(kd.seq2seq, "generate", endless)
     real = torch.tensor([[1] * n + [0] * (9 - n) for n in (1, 2, 3, 9)])
     tokens = nb.roll_out(None, {"input_ids": real, "attention_mask": real}, cap=12)
     assert (tokens != PAD).sum(1).tolist() == [6, 8, 9, 12]  # floor(1.5 n + 5), at most the cap
@@ -829,7 +829,7 @@ def check_group(nb, task, monkeypatch, group: int) -> None:
         return generate(model, batch, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kd.decoding, "generate", counted)
+        patch.setattr(kd.seq2seq, "generate", counted)
         source = iter(contexts(nb, student, task, beta=("constant", 0.3), group=group).epoch(0))
         for index in range(PAIRS // BATCH):
             if index % group == 0:
@@ -990,7 +990,6 @@ def test_the_teacher_answers_in_evaluation_mode_and_is_never_changed(nb, task, t
         nb, task, tmp_path, teacher=teacher, method=partial(nb.imitation, beta=("constant", 0.5), target="full")
     )
     assert set(seen) == {(False, False)} and torch.equal(flat(teacher.model), before)
-    teacher.check()
     assert outcome.metrics["updates"] == 2 * PAIRS // BATCH
     assert {"score", "runaway", "length", "KL gold", "KL own", "entropy"} <= set(outcome.metrics)
     teacher.model.train()
@@ -1151,7 +1150,7 @@ def test_a_group_below_one_is_refused(nb, task, group):
 
 def mutant(nb, old: str, new: str) -> Method:
     """The method with one piece of its source replaced."""
-    source = "\n\n".join(cell.source for cell in cells.tagged(cells.read(NOTEBOOK), "method"))
+    source = "\n\n".join(tagged(NOTEBOOK, "method"))
     assert source.count(old) == 1, f"{old!r} is there {source.count(old)} times; the mutant no longer fits the notebook"
     namespace = dict(vars(nb))
     exec(compile(source.replace(old, new), "mutant", "exec", dont_inherit=True), namespace)
@@ -1186,7 +1185,7 @@ MUTANTS = {
     "teacher shifted by one, full": (".to(student_logits.device)", ".to(student_logits.device).roll(1, 1)", check_full),
     "argmax of the student": ("answers.argmax(-1)", "student_logits[asked].argmax(-1)", check_targets),
     "teacher's argmax on data too": ('if target == "hard" else', 'if target == "never" else', check_targets),
-    "rollouts in training mode": ("kd.decoding.generate(student, batch, max_length=cap, top_k=top_k, generator=generator)",
+    "rollouts in training mode": ("kd.seq2seq.generate(student, batch, max_length=cap, top_k=top_k, generator=generator)",
                                   TRAINING_MODE, check_rollout_mode),
     "a rollout for every batch": (GROUPS, GROUPS.replace(", self.group", "", 1).replace("self.group", "1"), check_group),
     "β rises": ("value**-progress", "value ** (progress - 1)", check_schedule),

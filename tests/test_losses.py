@@ -56,6 +56,21 @@ def test_hinton_loss_is_the_mixture():
         assert torch.allclose(losses.hinton_loss(s, t, y, alpha=alpha, temperature=T), expected)
 
 
+def test_examples_without_a_label_are_taught_by_the_teacher_alone():
+    """Also a batch of nothing else; the cross-entropy is that of the labelled ones."""
+    s, t = pair()
+    soft, none = losses.kd_loss(s, t, temperature=T), torch.full((N,), -100)
+    for alpha in (0.3, 1.0):
+        z = s.clone().requires_grad_()
+        loss = losses.hinton_loss(z, t, none, alpha=alpha, temperature=T)
+        loss.backward()
+        assert torch.equal(loss.detach(), alpha * soft) and z.grad.isfinite().all() and z.grad.abs().sum() > 0
+    some = none.clone()
+    some[::2] = 1
+    expected = 0.4 * soft + 0.6 * F.cross_entropy(s[::2], some[::2])
+    assert torch.allclose(losses.hinton_loss(s, t, some, alpha=0.4, temperature=T), expected)
+
+
 def test_logit_mse_is_c_times_mse():
     s, t = pair()
     assert torch.allclose(losses.logit_mse_loss(s, t), C * F.mse_loss(s, t), rtol=1e-5)
@@ -132,6 +147,29 @@ def test_nan_from_the_teacher_is_noticed(name):
 def test_labels_in_place_of_logits(name):
     with pytest.raises(ValueError, match="not labels"):
         EVERY[name](torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"logit_mse_loss"}))
+def test_a_single_logit_is_refused(name):
+    """A softmax over it is 1, whatever it says: loss and gradient would be 0."""
+    s, t = torch.zeros(4, 1), torch.ones(4, 1)
+    with pytest.raises(ValueError, match="single column.*two classes"):
+        EVERY[name](s, t)
+    two = lambda z: torch.cat([torch.zeros_like(z), z], -1)  # noqa: E731
+    assert EVERY[name](two(s), two(t)) > 0.02, "the remedy"
+
+
+def test_a_single_logit_has_a_squared_distance():
+    """Scores are matched so."""
+    assert float(losses.logit_mse_loss(torch.zeros(4, 1), torch.full((4, 1), 3.0))) == 9
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.eye(10)[:4], torch.eye(10)[:4].long(), torch.zeros(4), torch.zeros(4, 1).long()]
+)
+def test_labels_of_several_classes_are_refused(labels):
+    with pytest.raises(ValueError, match="numbers of 10 classes.*multi-hot"):
+        losses.hinton_loss(torch.zeros(4, 10), torch.zeros(4, 10), labels, alpha=0.5, temperature=1)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1])

@@ -95,10 +95,30 @@ def test_bootstrap_covers_the_mean_and_repeats():
     assert (a.high - a.low) == pytest.approx(t.high - t.low, rel=0.1)
 
 
-@pytest.mark.parametrize("call", [metrics.accuracy, metrics.nll, metrics.ece])
-def test_lengths_that_differ_are_named(call):
-    with pytest.raises(ValueError, match="3 values against 2"):
-        call(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+@pytest.mark.parametrize("call", [metrics.accuracy, metrics.nll, metrics.ece, metrics.f1, metrics.mcc])
+@pytest.mark.parametrize(
+    "z, y", [((3, 2), (2,)), ((3, 2), (3, 1)), ((3, 2), (3, 2)), ((3,), ()), ((3, 1), (3,)), ((3, 4, 2), (3, 4))]
+)
+def test_shapes_that_would_broadcast_are_refused(call, z, y):
+    """Of a perfect classifier, labels [N, 1] would give a third."""
+    with pytest.raises(ValueError, match=r"must be \[N, C\]"):
+        call(torch.zeros(z), torch.zeros(y, dtype=torch.int64))
+
+
+def test_agreement_wants_two_models_logits():
+    z, _ = logits()
+    for other in (z.argmax(-1), z[:-1], z[:, :-1], z[:, None]):
+        with pytest.raises(ValueError, match="the logits have shapes"):
+            metrics.agreement(z, other)
+
+
+@pytest.mark.parametrize("call", [metrics.pearson, metrics.spearman])
+def test_correlations_want_plain_rows(call):
+    x = torch.arange(5.0)
+    for a, b in ((x[:, None], x[:, None]), (x[:, None], x), (x, x[:4]), (x[:, None], list(range(5)))):
+        with pytest.raises(ValueError, match=r"both must be \[N\]"):
+            call(a, b)
+    assert call(x[:, None].squeeze(-1), x.tolist()) == pytest.approx(1)
 
 
 def test_no_values_is_an_error():
@@ -173,6 +193,17 @@ def test_rouge_by_hand():
     assert scores["rouge1"] == pytest.approx(50 * (f(2, 3, 4) + 1))
     assert scores["rouge2"] == pytest.approx(50 * (f(1, 2, 3) + 0))
     assert scores["rougeL"] == pytest.approx(50 * (f(2, 3, 4) + f(1, 2, 2)))
+
+
+@pytest.mark.parametrize("text", ["यह एक घर है", "это большой дом", "这是一座房子"])
+def test_rouge_refuses_scripts_that_it_does_not_see(text):
+    """Equal texts would score 0."""
+    pytest.importorskip("rouge_score")
+    with pytest.raises(ValueError, match="not Latin.*chrf"):
+        metrics.rouge([text], [text])
+    assert metrics.chrf([text], [text]) == pytest.approx(100)
+    assert metrics.rouge(["ein schönes Haus"], ["ein schönes Haus"])["rouge2"] == pytest.approx(100)
+    assert metrics.rouge([""], [""]) == {"rouge1": 0, "rouge2": 0, "rougeL": 0}
 
 
 @pytest.mark.parametrize("name, package", [("bleu", "sacrebleu"), ("chrf", "sacrebleu"), ("rouge", "rouge_score")])

@@ -5,7 +5,6 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.text import Text
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -44,11 +43,8 @@ def test_short_alt_text_and_bare_axes_are_refused():
         kd.show(line(), alt="a line", name="line")
     with pytest.raises(ValueError, match="alt text"):
         kd.show(line(), alt=" " * 50, name="line")
-    for given, missing in (({}, "x axis"), ({"xlabel": "x"}, "y axis"), ({"ylabel": "y"}, "x axis")):
-        fig, ax = plt.subplots()
-        ax.set(**given)
-        with pytest.raises(ValueError, match=f"the {missing} of 'bare'"):
-            kd.show(fig, alt=ALT, name="bare")
+    with pytest.raises(ValueError, match="no axis of 'bare' has a label"):
+        kd.show(plt.subplots()[0], alt=ALT, name="bare")
     plt.close("all")
 
 
@@ -87,15 +83,6 @@ def test_axes_that_a_reader_understands_pass(draw):
     fig = plt.figure()
     draw(fig)
     kd.show(fig, alt=ALT, name="fine")
-
-
-def test_a_neighbour_with_another_range_does_not_lend_its_label():
-    fig, (left, right) = plt.subplots(1, 2)
-    left.set(xlabel="x", ylabel="accuracy", ylim=(0, 1))
-    right.set(xlabel="x", ylim=(0, 100))
-    with pytest.raises(ValueError, match="y axis"):
-        kd.show(fig, alt=ALT, name="two")
-    plt.close(fig)
 
 
 def test_line_figures_are_small_and_pictures_keep_their_colours(tmp_path, monkeypatch):
@@ -138,23 +125,12 @@ def test_curves_and_forest_draw_what_they_are_given():
     frame = pd.DataFrame({"arm": ["a"] * 4, "seed": [0, 0, 1, 1], "epoch": [0, 1, 0, 1], "acc": [0.1, 0.5, 0.3, 0.7]})
     ax = plots.curves(frame, "epoch", "acc")
     assert np.allclose(ax.lines[0].get_ydata(), [0.2, 0.6])
-    assert [text.get_text() for text in ax.texts] == ["a"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a"]
     table = pd.DataFrame(
         {"difference": [np.nan, 0.1], "low": [np.nan, 0.05], "high": [np.nan, 0.15]}, index=["base", "kd"]
     )
     axes = plots.forest(table, xlabel="difference").axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["kd"]
-    plt.close("all")
-
-
-def test_names_at_line_ends_do_not_overlap():
-    ends = {"a": 0.500, "b": 0.501, "c": 0.502, "d": 0.9}
-    frame = pd.DataFrame([{"arm": arm, "epoch": e, "acc": y * e} for arm, y in ends.items() for e in (0, 1)])
-    ax = plots.curves(frame, "epoch", "acc")
-    ax.figure.canvas.draw()
-    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the leaders; from the lowest up
-    assert all(low.y0 + 0.8 * low.height < high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
-    assert abs(ax.texts[-1].get_position()[1]) < 1  # the one that stands apart stays at its line
     plt.close("all")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import weakref
 
 import pytest
@@ -60,57 +59,63 @@ def test_two_steps_of_a_few_rows_and_one_evaluation(tmp_path, monkeypatch):
     assert result.history[0]["val"] == result.best["val"] == 0.5
     assert not result.model.training
     assert not (tmp_path / "a").exists()  # a rehearsal must not pass for a run
-    assert rehearsal.report()["run"].tolist() == ["a/phase1"]
+    assert rehearsal.report()["run"].tolist() == ["Sequential"]
 
 
-def test_the_costs_in_closed_form():
+@pytest.fixture
+def costs(monkeypatch):
+    """What was measured of each run's first step."""
+    found, measure = [], rehearsal.measure
+    monkeypatch.setattr(rehearsal, "measure", lambda *given: found.append(measure(*given)) or found[-1])
+    return found
+
+
+def test_the_costs_in_closed_form(costs):
     rehearse()
-    (line,) = rehearsal._records
+    row, few = rehearsal.report().iloc[0], rehearsal.ROWS
     weights = 100 * 50 + 50 + 50 * 10 + 10
-    assert line["parameters"] == weights
-    assert line["planned_steps"] == 1000 * EPOCHS
+    assert (row["parameters"], row["planned steps"], row["batch"]) == (weights, 1000 * EPOCHS, ROWS)
     # forward 2 x rows x both matrices; backward the same for weights, and for the second layer's input
-    assert line["step_flops"] == 2 * ROWS * (2 * (100 * 50 + 50 * 10) + 50 * 10)
+    flops = 2 * ROWS * (2 * (100 * 50 + 50 * 10) + 50 * 10)
+    assert row["TFLOP a step"] == pytest.approx(flops / 1e12)
+    assert row["hours on a T4"] == pytest.approx(flops * 5000 / rehearsal.T4_FLOPS_PER_SECOND / 3600)
     # weights, gradients, Adam's two moments; and a step counter of each of the four parameters
-    assert line["fixed_bytes"] == 4 * (4 * weights + 4)
+    assert costs[0].fixed_bytes == 4 * (4 * weights + 4)
     # kept for the backward pass: x, the ReLU's output, log-probabilities, labels
-    assert line["activation_bytes"] == pytest.approx(ROWS * (4 * (100 + 50 + 10) + 8), rel=0.01)
+    assert costs[0].activation_bytes == pytest.approx(few * (4 * (100 + 50 + 10) + 8), rel=0.03)
+    whole = costs[0].fixed_bytes + costs[0].activation_bytes * ROWS / few
+    assert row["GPU memory (GB)"] == pytest.approx(whole / 1e9)
 
 
-def test_micro_batches_need_less_memory_and_the_same_work():
+def test_micro_batches_need_less_memory_and_the_same_work(costs):
     rehearse()
     rehearse(accumulate=4)
-    whole, parts = rehearsal._records
-    assert parts["step_flops"] == whole["step_flops"]
-    assert parts["fixed_bytes"] == whole["fixed_bytes"]
-    assert parts["activation_bytes"] == pytest.approx(whole["activation_bytes"] / 4)
+    (_, whole), (_, parts) = rehearsal.report().iterrows()
+    assert parts["TFLOP a step"] == whole["TFLOP a step"] and costs[0].fixed_bytes == costs[1].fixed_bytes
+    fixed = costs[0].fixed_bytes / 1e9
+    assert parts["GPU memory (GB)"] - fixed == pytest.approx((whole["GPU memory (GB)"] - fixed) / 4)
 
 
-def test_momentum_and_frozen_weights_are_counted_as_they_are():
+def test_momentum_and_frozen_weights_are_counted_as_they_are(costs):
     frozen = nn.Sequential(nn.Linear(WIDTH, 50).requires_grad_(False), nn.ReLU(), nn.Linear(50, 10))
     rehearse(frozen, lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
     trained, still = 50 * 10 + 10, 100 * 50 + 50
-    assert rehearsal._records[0]["fixed_bytes"] == 4 * (still + 3 * trained)
+    assert costs[0].fixed_bytes == 4 * (still + 3 * trained)
 
 
-def test_report_and_its_file(monkeypatch, tmp_path):
-    log = tmp_path / "rehearsal.jsonl"
-    monkeypatch.setenv("KDLIB_REHEARSAL_LOG", str(log))
+def test_a_row_a_run_also_for_another_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("KDLIB_REHEARSAL_LOG", str(tmp_path / "rehearsal.jsonl"))
     rehearse()
     rehearse(nn.Linear(WIDTH, 10))
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert lines == rehearsal._records
+    here = rehearsal.report()
+    assert here["run"].tolist() == ["Sequential", "Linear"]
     monkeypatch.setattr(rehearsal, "_records", [])  # another process reads the file
-    report = rehearsal.report()
-    assert report["run"].tolist() == ["Sequential", "Linear"]
-    assert report["planned steps"].tolist() == [5000, 5000]
-    hours = lines[0]["step_flops"] * 5000 / rehearsal.T4_FLOPS_PER_SECOND / 3600
-    assert report["hours on a T4"][0] == pytest.approx(hours)
-    memory = (lines[0]["fixed_bytes"] + lines[0]["activation_bytes"]) / 1e9
-    assert report["GPU memory (GB)"][0] == pytest.approx(memory)
+    assert rehearsal.report().equals(here)
+    monkeypatch.delenv("KDLIB_REHEARSAL_LOG")
+    assert rehearsal.report().empty
 
 
-def test_a_live_teacher_counts_as_work_but_its_activations_do_not_stay():
+def test_a_live_teacher_counts_as_work_but_its_activations_do_not_stay(costs):
     teacher = nn.Linear(WIDTH, 10).requires_grad_(False)
 
     def with_teacher(model, batch):
@@ -123,9 +128,9 @@ def test_a_live_teacher_counts_as_work_but_its_activations_do_not_stay():
 
     for loss in (with_teacher, alone):
         fit(nn.Linear(WIDTH, 10), loss, Batches(), epochs=1, optimizer=torch.optim.Adam, progress=False)
-    live, without = rehearsal._records
-    assert live["step_flops"] - without["step_flops"] == 2 * ROWS * WIDTH * 10
-    assert live["activation_bytes"] == without["activation_bytes"]
+    live, without = costs
+    assert live.flops - without.flops == 2 * rehearsal.ROWS * WIDTH * 10
+    assert live.activation_bytes == without.activation_bytes
 
 
 def test_a_measured_model_is_let_go():

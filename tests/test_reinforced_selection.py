@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from chapters import namespace, tagged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import kdlib as kd
-from kdlib.course import cells
-from kdlib.data.text_sets import TextSet, TokenSet
-from kdlib.data.tokens import Ragged
+from kdlib.data.rows import Ragged
+from kdlib.data.text import TextSet, TokenSet
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "03_reinforced_teacher_selection.ipynb"
 CLASSES, TEACHERS = 4, 3
@@ -28,13 +28,13 @@ CLASSES, TEACHERS = 4, 3
 class Notebook:
     """What a notebook's setup and method cells define (with a short repr, for messages)."""
 
-    def __init__(self, path: Path) -> None:
-        vars(self).update(cells.method_namespace(path))
+    def __init__(self, sources: list[str]) -> None:
+        vars(self).update(namespace(sources, "03"))
 
 
 @pytest.fixture(scope="module")
 def nb():
-    return Notebook(NOTEBOOK)
+    return Notebook(tagged(NOTEBOOK, "setup", "method"))
 
 
 # --- a small world: K teachers, each right in its own field and confidently wrong elsewhere ---------------------
@@ -891,13 +891,9 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_mutant_is_caught(mutant, tmp_path):
+def test_a_mutant_is_caught(mutant):
     right, wrong, named_property = MUTANTS[mutant]
-    notebook = cells.read(NOTEBOOK)
-    notebook.cells = cells.tagged(notebook, "setup", "method")
-    (cell,) = [cell for cell in notebook.cells if right in cell.source]
-    assert cell.source.count(right) == 1
-    cell.source = cell.source.replace(right, wrong)
-    cells.write(notebook, tmp_path / "mutant.ipynb")
+    sources = tagged(NOTEBOOK, "setup", "method")
+    assert sum(source.count(right) for source in sources) == 1
     with pytest.raises(AssertionError):
-        named_property(Notebook(tmp_path / "mutant.ipynb"))
+        named_property(Notebook([source.replace(right, wrong) for source in sources]))

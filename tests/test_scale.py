@@ -52,6 +52,30 @@ def test_rehearsal_keeps_one_seed_and_one_process(monkeypatch):
     assert run.seeds == [0] and run.jobs == 1
 
 
+@pytest.mark.skipif(not hasattr(scale.os, "sched_setaffinity"), reason="no affinity here")
+def test_jobs_are_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.delenv("KDLIB_JOBS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scale.os, "sched_getaffinity", lambda pid: {1, 4, 5})
+    assert scale.jobs() == 3
+    monkeypatch.setenv("KDLIB_JOBS", "7")
+    assert scale.jobs() == 7
+    monkeypatch.setenv("KDLIB_WORKER", "1")
+    assert scale.jobs() == 1
+
+
+def test_one_run_a_gpu(monkeypatch):
+    monkeypatch.delenv("KDLIB_JOBS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert scale.jobs() == 4
+
+
+def test_the_environment_names_the_processor():
+    found = scale.environment()
+    assert found["processor"] and found["torch"] == torch.__version__.split("+")[0] and found["scale"] == "smoke"
+
+
 def test_seeding_repeats_every_generator():
     draws = []
     for _ in range(2):

@@ -24,13 +24,14 @@ def runs(tmp_path):
 
 
 def test_the_interval_is_the_paired_one(runs):
-    table = kd.compare(runs, "accuracy", baseline="labels", paper={"KD": 25.0})
+    table = kd.compare(runs, "accuracy", baseline="labels", unit=1)
     row = table.loc["KD"]
     half = 4.302653 * 2 / math.sqrt(3)  # t(.975, 2 degrees of freedom), sd of 2, 4, 6 is 2
-    assert (row["mean"], row["n"], row["difference"], row["paper"]) == (24.0, 3, 4.0, 25.0)
+    assert (row["mean"], row["n"], row["difference"]) == (24.0, 3, 4.0)
     assert row["sd"] == pytest.approx(math.sqrt(124)) and row["low"] == pytest.approx(4 - half, abs=1e-5)
     assert row["high"] == pytest.approx(4 + half, abs=1e-5)
-    assert table.loc["labels", ["difference", "paper"]].isna().all() and list(table.index) == ["labels", "KD"]
+    assert math.isnan(table.loc["labels", "difference"]) and list(table.index) == ["labels", "KD"]
+    assert kd.compare(runs, "accuracy", baseline="labels").loc["KD", "difference"] == 400.0  # points, unless told
 
 
 def test_duels_are_paired_judged_and_in_the_unit_asked_for(runs):
@@ -62,7 +63,7 @@ def test_only_seeds_in_common_are_paired_and_divergence_is_no_number(runs, tmp_p
     runs.append(run("KD", 3, 1000.0, tmp_path))
     runs.append(run("wild", 0, 0.0, tmp_path, diverged=True))
     runs.append(run("wild", 1, 35.0, tmp_path))
-    table = kd.compare(runs, "accuracy", baseline="labels")
+    table = kd.compare(runs, "accuracy", baseline="labels", unit=1)
     assert table.loc["KD", "difference"] == 4.0 and table.loc["KD", "n"] == 4
     assert (table.loc["wild", "n"], table.loc["wild", "difference"]) == (1, 5.0)
 
@@ -92,7 +93,8 @@ def test_a_results_file_holds_every_seed_and_little_else(runs, tmp_path, monkeyp
     ]
     assert rows[-1]["diverged"] and content["tables"]["profile"]["rows"][1] == {"x": 2, "y": None}
     assert content["seeds"] == [0, 1, 2] and content["settings"]["epochs"] == 2 and "torch" in content["environment"]
-    assert len(text) < 5000 and content["tables"]["students"]["seconds"] == 1.5 * 7
+    assert len(text) < 5000 and "processor" in content["environment"]
+    assert "diverged" not in scoreboard._rows(Runs(list(runs)[:3]))[0]
 
 
 def train(seed, folder, arm):
@@ -101,7 +103,7 @@ def train(seed, folder, arm):
 
 def test_run_seconds_are_of_every_run_of_the_process_once(tmp_path, monkeypatch):
     monkeypatch.setenv("KDLIB_RESULTS", str(tmp_path / "results"))
-    monkeypatch.setattr(kd.runs, "_spent", {})
+    monkeypatch.setattr(kd.runs, "_counted", {})
     settings = kd.settings(**dict.fromkeys(("smoke", "lab", "full"), dict(epochs=2, seeds=3)))
 
     def chapter(tables):
@@ -113,7 +115,7 @@ def test_run_seconds_are_of_every_run_of_the_process_once(tmp_path, monkeypatch)
         files.write_json(path, files.read_json(path) | {"seconds": 10.0**number})
     assert chapter(lambda sweep, main: {"sweep": sweep.frame(), "main": main}) == 1111.0  # a frame has no seconds
     assert chapter(lambda sweep, main: {"main": main, "again": main}) == 1111.0
-    kd.runs._spent.clear()  # another process
+    kd.runs._counted.clear()  # another process
     assert chapter(lambda sweep, main: {"main": main}) == 1111.0
 
 
@@ -122,25 +124,28 @@ def test_published_shows_the_larger_scale_first(runs, tmp_path, monkeypatch):
     for scale in ("smoke", "full", "lab"):
         content = {"scale": scale, "hardware": "t4", "tables": {"students": {"rows": rows}}}
         files.write_json(tmp_path / "results" / f"99_toy.{scale}.t4.json", content)
-    monkeypatch.setattr(scoreboard, "clone_folder", lambda: tmp_path)
+    monkeypatch.setattr(scoreboard, "CLONE", tmp_path / "results")
     table = kd.published("99_toy", "students", "accuracy", baseline="labels")
     order = list(dict.fromkeys(table.index.get_level_values("scale")))
-    assert order == ["full, t4", "lab, t4"] and table.loc[("lab, t4", "KD"), "difference"] == 4.0
+    assert order == ["full, t4", "lab, t4"] and table.loc[("lab, t4", "KD"), "difference"] == 400.0
     assert kd.published("98_none", "students", "accuracy").empty
 
 
-def test_a_value_outside_its_band_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KDLIB_SCALE", "smoke")
-    for name in ("KDLIB_REHEARSE", "KDLIB_BAND_LOG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(scoreboard, "clone_folder", lambda: tmp_path)
-    assert kd.in_band("99_toy", {"gain": 9.0})  # nothing recorded yet
-    files.write_json(tmp_path / "results" / "smoke_bands.json", {"99_toy": {"gain": [0.0, 1.0]}})
-    assert kd.in_band("99_toy", {"gain": 0.5, "unrecorded": 7.0})
-    assert not kd.in_band("99_toy", {"gain": 1.5}) and "gain is 1.5" in capsys.readouterr().out
-    assert not kd.in_band("99_toy", {"gain": math.nan})
-    monkeypatch.setenv("KDLIB_SCALE", "lab")
-    assert kd.in_band("99_toy", {"gain": 1.5})
+def test_p_values_are_the_paired_t_tests_and_holm_steps_down(runs):
+    frame = pd.concat([runs.frame(), runs.frame().query("arm == 'KD'").assign(arm="far", accuracy=[62.0, 83.0, 76.0])])
+    table = kd.duels(frame, [("KD", "labels"), ("far", "KD"), ("KD", "KD")], "accuracy")
+    from scipy.stats import ttest_rel
+
+    assert table["p"].iloc[0] == pytest.approx(ttest_rel([12, 34, 26], [10, 30, 20]).pvalue)
+    assert table["p"].iloc[2] == 1 and table["holm"].tolist() == [False, True, False]
+    assert scoreboard.holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]  # 4 x .005, 3 x .01, 2 x .03
+    assert scoreboard.holm([0.04]) == [True] and scoreboard.holm([math.nan, 0.001]) == [False, True]
+    assert scoreboard.holm([]) == []
+
+
+def test_barely_is_said():
+    row = pd.Series({"difference": 1.9, "low": 0.02, "high": 3.8, "verdict": "above"})
+    assert kd.answer("Does it?", row).endswith("yes, barely")
 
 
 def test_the_change_of_a_lead_is_that_of_paired_differences():

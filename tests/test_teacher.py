@@ -11,7 +11,7 @@ from torch import nn
 
 import kdlib as kd
 from kdlib import files
-from kdlib.data.image_sets import ImageSet
+from kdlib.data.images import ImageSet
 
 
 def image_set(n=40, side=8, seed=0, first_id=100):
@@ -78,7 +78,7 @@ def test_changing_its_weights_is_noticed(teacher, data):
 
 def test_letting_it_take_gradients_is_noticed(teacher, data):
     teacher.model[0].weight.requires_grad_()
-    with pytest.raises(RuntimeError, match="takes gradients"):
+    with pytest.raises(RuntimeError, match="take gradients"):
         teacher(next(iter(data.view_batches(0))))
 
 
@@ -90,7 +90,7 @@ def test_a_student_that_holds_it_does_not_own_its_weights(teacher):
         net(1).state_dict()
     )
     student.train()
-    teacher.check()
+    assert not teacher.model.training
 
 
 def test_outputs_of_transformers_are_unwrapped():
@@ -147,7 +147,7 @@ def test_a_part_of_the_data_in_another_order_finds_its_answers(teacher, data):
     assert torch.allclose(cached(batch), teacher(batch), atol=1e-5)
 
 
-@pytest.mark.parametrize("what", ["weights", "data", "size", "views", "dtype", "top_k"])
+@pytest.mark.parametrize("what", ["weights", "data", "labels", "size", "views"])
 def test_other_circumstances_are_another_pack(teacher, data, what):
     key = kd.cache_teacher(teacher, data).fingerprint
     other = {
@@ -155,24 +155,21 @@ def test_other_circumstances_are_another_pack(teacher, data, what):
         "data": lambda: kd.cache_teacher(teacher, image_set(seed=9)),
         "size": lambda: kd.cache_teacher(teacher, data.resize(6)),
         "views": lambda: kd.cache_teacher(teacher, data, views=(0, 1)),
-        "dtype": lambda: kd.cache_teacher(teacher, data, dtype=torch.float16),
-        "top_k": lambda: kd.cache_teacher(teacher, data, top_k=2),
+        "labels": lambda: data.labels[:3].add_(1) is None or kd.cache_teacher(teacher, data),  # changed in place
     }[what]()
     assert other.fingerprint != key
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "card", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_pack_is_said_and_made_again(teacher, data, damage, capsys):
     cached = kd.cache_teacher(teacher, data)
-    pack, card = cached.folder / "pack.safetensors", cached.folder / "card.json"
+    pack = cached.folder / "pack.safetensors"
     content = bytearray(pack.read_bytes())
     if damage == "cut":
         pack.write_bytes(content[:-50])
     elif damage == "flip":
         content[-5] ^= 1
         pack.write_bytes(content)
-    elif damage == "card":
-        files.write_json(card, files.read_json(card) | {"fingerprint": "0" * 64})
     else:
         pack.unlink()
     again = kd.cache_teacher(teacher, data)
@@ -188,19 +185,19 @@ def test_a_damaged_pack_that_was_handed_on_is_refused(teacher, data):
     content[-5] ^= 1
     pack.write_bytes(content)
     with pytest.raises(ValueError, match="checksum"):
-        kd.CachedTeacher.load(cached.folder)
+        kd.CachedTeacher.load(cached.folder, data)
 
 
 def test_a_pack_for_other_data_is_refused(teacher, data):
     cached = kd.cache_teacher(teacher, data)
     assert kd.CachedTeacher.load(cached.folder, data).classes == tuple("abcd")
-    with pytest.raises(ValueError, match="made for 'toy'"):
+    with pytest.raises(ValueError, match="answers about 'toy'"):
         kd.CachedTeacher.load(cached.folder, image_set(seed=9))
 
 
-def test_no_pack_there(tmp_path):
+def test_no_pack_there(tmp_path, data):
     with pytest.raises(FileNotFoundError, match="no pack"):
-        kd.CachedTeacher.load(tmp_path)
+        kd.CachedTeacher.load(tmp_path, data)
 
 
 def test_an_unknown_id_is_named(teacher, data):
@@ -222,7 +219,7 @@ def test_batches_are_refused_in_place_of_the_data(teacher, data):
 
 
 def test_repeated_ids_are_refused(teacher, data):
-    with pytest.raises(ValueError, match="ids repeat"):
+    with pytest.raises(ValueError, match="an id of its own"):
         kd.cache_teacher(teacher, data.take(torch.tensor([1, 1])))
 
 
@@ -236,13 +233,11 @@ def test_nan_answers_are_refused_and_leave_nothing(data):
 
 
 def test_a_full_disk_leaves_nothing_half_written(teacher, data, monkeypatch):
-    import safetensors.torch
-
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr(files, "save_file", full)
         with pytest.raises(OSError, match="MB are free"):
             kd.cache_teacher(teacher, data)
     left = [p.name for p in (files.home() / "teachers").rglob("*") if p.is_file() and p.suffix != ".lock"]
@@ -251,20 +246,11 @@ def test_a_full_disk_leaves_nothing_half_written(teacher, data, monkeypatch):
     assert torch.allclose(kd.cache_teacher(teacher, data)(batch), teacher(batch), atol=1e-5)
 
 
-def test_top_k_keeps_the_largest_and_stays_a_distribution(teacher, data):
-    batch = next(iter(data.view_batches(0)))
-    dense, sparse = teacher(batch).softmax(-1), kd.cache_teacher(teacher, data, top_k=2)(batch).softmax(-1)
-    assert torch.allclose(sparse.sum(-1), torch.ones(len(data)))
-    assert torch.allclose(sparse.topk(2).values, dense.topk(2).values, atol=1e-5)
-    whole = kd.cache_teacher(teacher, data, top_k=4)(batch).softmax(-1)
-    assert torch.allclose(whole, dense, atol=1e-5)
-
-
 def test_the_card_says_what_it_is(teacher, data):
-    card = kd.cache_teacher(teacher, data, licence="CC0").card
+    card = kd.cache_teacher(teacher, data).card
     logits = kd.metrics.predict(teacher.model, data)
     assert card["accuracy"] == pytest.approx(kd.metrics.accuracy(logits, data.labels), abs=1e-4)
-    assert (card["teacher"], card["data"], card["examples"], card["licence"]) == ("toy teacher", "toy", 40, "CC0")
+    assert (card["teacher"], card["data"], card["examples"], card["views"]) == ("toy teacher", "toy", 40, [0])
 
 
 class Counting(nn.Module):
@@ -303,7 +289,7 @@ def test_two_processes_at_once_ask_once(tmp_path):
     ]
     [worker.start() for worker in workers]
     [worker.join() for worker in workers]
-    first, second = (files.read_tensors(out)[0]["logits"] for out in outs)
+    first, second = (files.read_tensors(out)["logits"] for out in outs)
     assert (tmp_path / "log").read_text().count("asked") == 1
     live = kd.Teacher(net(), name="x")(next(iter(image_set(64).view_batches(0))))
     assert torch.equal(first, second) and torch.allclose(first, live, atol=1e-5)

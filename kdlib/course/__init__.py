@@ -1,1 +1,0 @@
-"""The press shop: what prepares the chapters. No chapter's maths depends on it."""
