@@ -118,7 +118,7 @@ def run(paths: Sequence[Path], *, out: Path | None = None, in_place: bool = Fals
             with files.atomic(target) as part:
                 part.write_text(nbformat.writes(book) + "\n", encoding="utf-8")
             said.append(f"{'✗' if failure else '✓'} {path.stem}: {time.time() - began:.0f} s, in {target}")
-            said += [f"    {line}" for line in (f"pictures in {figures}", *_seen(began))]
+            said += [f"    {line}" for line in (f"pictures in {figures}", *_seen(path, began))]
     print(*said, sep="\n")
     print(*failures, sep="\n", end="", file=sys.stderr)
     return not failures
@@ -152,8 +152,8 @@ def _execute(book: Any, path: Path, bar: Any) -> str:
     return ""
 
 
-def _seen(began: float) -> Iterator[str]:
-    """What a notebook that started at ``began`` left behind, in words."""
+def _seen(notebook: Path, began: float) -> Iterator[str]:
+    """What ``notebook``, started at ``began``, left behind, in words."""
     from kdlib import scoreboard
 
     if scale.rehearsing():
@@ -162,7 +162,7 @@ def _seen(began: float) -> Iterator[str]:
             memory, hours = cost["GPU memory (GB)"].max(), cost["hours on a T4"].sum()
             yield f"{len(cost)} runs rehearsed: up to {memory:.1f} GB, about {hours:,.1f} hours on a T4"
         return
-    for path in scoreboard.folder().glob("*.json"):
+    for path in scoreboard.folder().glob(f"{notebook.stem[:2]}_*.json"):
         if path.stat().st_mtime >= began - 1:
             yield f"seen: {headline(files.read_json(path)) or 'results, in ' + str(path)}"
 
