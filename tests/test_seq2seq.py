@@ -1,4 +1,7 @@
-"""Encoder-decoders: step by step as in one go, indifferent to padding, resumed exactly; writing: cached as uncached."""
+"""Encoder-decoders, kdlib's and the recurrent one of notebook 02: step by step as in one go, indifferent to padding.
+
+They are resumed exactly, and write the same with and without a cache.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ import kdlib as kd
 from kdlib import rehearsal
 from kdlib.data import SequenceSet
 from kdlib.fingerprint import fingerprint
-from kdlib.seq2seq import CACHE, encoder_decoder, generate, recurrent
+from kdlib.seq2seq import encoder_decoder, generate
 
+CACHE, recurrent = (getattr(kd.lesson("02"), name) for name in ("CACHE", "recurrent_model"))
 V, PAD, BOS, EOS = 40, 0, 1, 2
 KINDS = {
     "transformer": lambda v=V: encoder_decoder(v, d_model=16, layers=(2, 1), heads=2),
