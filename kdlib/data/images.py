@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from kdlib import scale
 from kdlib.data import sources
 from kdlib.data.rows import FIRST_ID, STAND_IN, Batches, Rows, generator
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # what the published CIFAR-10 ResNets were given
 SETS = {  # classes, mean and standard deviation per channel of pixels in [0, 1]
-    "cifar10": (10, *IMAGENET),
+    "cifar10": (10, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, as the published ResNets were given
     "cifar100": (100, (0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
 }
 NO_IMAGES = {".csv", ".db", ".ini", ".json", ".md", ".npy", ".txt", ".xml"}  # what may lie beside images
-Part = tuple[Tensor, Tensor]  # uint8 [N, C, H, W] and int64 [N]
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,9 +56,11 @@ class ImageSet(Rows):
         super().__post_init__()
         images = torch.as_tensor(self.images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
-            raise ValueError(
-                f"{self.name}: the images are {images.dtype} {list(images.shape)}; they must be uint8 "
+            wanted = (
                 f"[N, {len(self.mean)}, H, W] of 0 to 255 ((255 * images).round().to(torch.uint8) of values in [0, 1])"
+            )
+            raise ValueError(
+                f"{self.name}: the images are {images.dtype} {list(images.shape)}; they must be uint8 {wanted}"
             )
         object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
 
@@ -84,14 +83,7 @@ class ImageSet(Rows):
         return replace(self, images=torch.cat([part.to(torch.uint8) for part in parts]))
 
     def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        flip: bool = False,
-        crop: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = False,
+        self, batch_size: int, *, seed: int = 0, flip: bool = False, crop: int = 0, shuffle: bool = True
     ) -> ImageBatches:
         """Batches ``{"x", "y", "id", "view"}`` for ``kd.fit``; order and augmentation depend on seed, epoch and number.
 
@@ -101,9 +93,8 @@ class ImageSet(Rows):
             flip: mirror each image with probability 1/2 (view 1).
             crop: pad by so many black pixels and cut out at random (view -1: no answer about it can be cached).
             shuffle: a new order every epoch.
-            drop_last: leave out an incomplete last batch.
         """
-        return ImageBatches(self, batch_size, seed, shuffle, drop_last, flip, crop)
+        return ImageBatches(self, batch_size, seed, shuffle, flip, crop)
 
     def view_batches(self, view: int = 0, batch_size: int = 256) -> Iterator[dict[str, Any]]:
         """All images in order, as they are (``view`` 0) or mirrored (1)."""
@@ -117,16 +108,14 @@ class ImageSet(Rows):
     def _pixels(self) -> Tensor:
         return self.images.permute(0, 2, 3, 1)  # [N, H, W, C]: contiguous, as channels are last in memory
 
-    @cached_property
-    def _affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift for each of a flattened image's H * W * C values: no broadcasting in a batch."""
-        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
-        area = self.images.shape[-2] * self.images.shape[-1]
-        return (1 / (255 * std)).repeat(area), (-mean / std).repeat(area)
-
     def _batch(self, rows: Tensor, pixels: Tensor, view: Tensor) -> dict[str, Any]:
-        factor, shift = self._affine
-        x = torch.addcmul(shift, pixels.flatten(1).float(), factor).view(pixels.shape).permute(0, 3, 1, 2)
+        # Scale and shift for each of a flattened image's H * W * C values: no broadcasting in a batch.
+        mean, std = (torch.tensor(values).repeat(pixels.shape[1:3].numel()) for values in (self.mean, self.std))
+        x = (
+            torch.addcmul(-mean / std, pixels.flatten(1).float(), 1 / (255 * std))
+            .view(pixels.shape)
+            .permute(0, 3, 1, 2)
+        )
         return {"x": x, "y": self.labels[rows], "id": self.ids[rows], "view": view}
 
 
@@ -137,29 +126,19 @@ class ImageBatches(Batches):
     flip: bool
     crop: int
 
-    @property
-    def cacheable(self) -> bool:
-        """Whether every example is one of the set's views, so that a teacher's cached answers apply."""
-        return self.crop == 0
-
     def batch(self, rows: Tensor, random: torch.Generator) -> dict[str, Any]:
         pixels, view = self.data._pixels[rows], torch.zeros_like(rows)
         if self.flip:
             view = torch.randint(2, (len(rows),), generator=random)
             pixels[view.bool()] = pixels[view.bool()].flip(2)
-        if self.crop:
-            pixels, view = _random_crop(pixels, self.crop, random), torch.full_like(view, -1)
+        if self.crop:  # moved by up to so many pixels either way; what comes in from outside is black
+            count, height, width, channels = pixels.shape
+            padded = F.pad(pixels, (0, 0) + (self.crop,) * 4)
+            # All windows as a view, [B, 2p + 1, 2p + 1, H, W * C], of which one an image is copied.
+            windows = padded.flatten(2).unfold(1, height, 1).unfold(2, width * channels, channels)
+            top, left = torch.randint(2 * self.crop + 1, (2, count), generator=random)
+            pixels, view = windows[torch.arange(count), top, left].reshape(pixels.shape), torch.full_like(view, -1)
         return self.data._batch(rows, pixels, view)
-
-
-def _random_crop(pixels: Tensor, padding: int, random: torch.Generator) -> Tensor:
-    """Each of [B, H, W, C] moved by up to ``padding`` pixels either way; what comes in from outside is black."""
-    count, height, width, channels = pixels.shape
-    padded = F.pad(pixels, (0, 0) + (padding,) * 4)
-    # All windows as a view, [B, 2p + 1, 2p + 1, H, W * C], of which one an image is copied.
-    windows = padded.flatten(2).unfold(1, height, 1).unfold(2, width * channels, channels)
-    top, left = torch.randint(2 * padding + 1, (2, count), generator=random)
-    return windows[torch.arange(count), top, left].reshape(pixels.shape)
 
 
 @dataclass(frozen=True)
@@ -168,11 +147,7 @@ class ImageData:
 
     train: ImageSet
     test: ImageSet
-
-    @property
-    def classes(self) -> list[str]:
-        """The class names, in the order of the labels."""
-        return self.train.classes
+    classes = property(attrgetter("train.classes"), doc="The class names, in the order of the labels.")
 
 
 # --- the sets -------------------------------------------------------------------------------------------------------
@@ -195,11 +170,9 @@ def images(name: str | Path) -> ImageData:
     if str(name) not in SETS and not Path(name).is_dir():
         raise ValueError(f"no image set is called {str(name)!r}: it is none of digits, {', '.join(SETS)} and no folder")
     count, mean, std = SETS.get(str(name), (0, (), ()))
-    planned = (None, None)
     if count and scale.rehearsing():  # noise in the shape of the set
         noise = torch.randint(256, (STAND_IN, 3, 32, 32), generator=generator("stand-in", name), dtype=torch.uint8)
         parts, classes = [(noise, torch.arange(STAND_IN) % count)] * 2, [f"class {c}" for c in range(count)]
-        planned = (50_000, 10_000)
     elif folder := next((folder for folder in (sources.root() / name, Path(name)) if folder.is_dir()), None):
         parts, classes = _class_folders(folder)
     else:
@@ -209,8 +182,8 @@ def images(name: str | Path) -> ImageData:
         mean = tuple(pixels.mean((0, 2, 3)).tolist())
         std = tuple(pixels.std((0, 2, 3), unbiased=False).clamp(min=1e-6).tolist())
     sets = []
-    for part, (pixels, labels), stands_for in zip(("train", "test"), parts, planned, strict=True):
-        ids = torch.arange(len(labels)) + FIRST_ID[part]
+    for part, (pixels, labels), planned in zip(("train", "test"), parts, (50_000, 10_000), strict=True):
+        ids, stands_for = torch.arange(len(labels)) + FIRST_ID[part], planned if count and scale.rehearsing() else None
         sets.append(ImageSet(pixels, labels, ids, classes, mean, std, f"{Path(name).name}/{part}", stands_for))
     return ImageData(*sets)
 
@@ -225,7 +198,7 @@ def _digits() -> ImageData:
     return ImageData(train, replace(test, name="digits/test"))
 
 
-def _class_folders(folder: Path) -> tuple[list[Part], list[str]]:
+def _class_folders(folder: Path) -> tuple[list[Any], list[str]]:
     parts = [folder / "train", folder / ("test" if (folder / "test").is_dir() else "val")]
     if absent := [part for part in parts if not part.is_dir()]:
         raise FileNotFoundError(f"{absent[0]} is missing: {folder} needs {{train,test}}/<class>/*.png")
@@ -233,33 +206,30 @@ def _class_folders(folder: Path) -> tuple[list[Part], list[str]]:
     if classes != others:
         told = ", ".join(sorted({*classes} ^ {*others}))
         raise ValueError(f"both parts of {folder} must have the same class folders; only one has {told}")
-    return [_decoded([_image_files(part / name) for name in classes]) for part in parts], classes
+    return [_images_of(part, classes) for part in parts], classes
 
 
-def _image_files(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = sorted(name for name in inner if name[0] != ".")
-        paths = [Path(place, name) for name in sorted(names) if name[0] != "."]
-        found += [path for path in paths if path.suffix.lower() not in NO_IMAGES]
-    if not found:
-        raise ValueError(f"no images in {folder}: put some there, or take the class away")
-    return found
+def _images_of(part: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
+    """The part's pixels, uint8 [N, 3, H, W], and labels."""
+    from torchvision.datasets.folder import make_dataset
 
+    def is_image(path: str) -> bool:
+        hidden = any(name[0] == "." for name in Path(path).relative_to(part).parts)
+        return not hidden and Path(path).suffix.lower() not in NO_IMAGES
 
-def _decoded(paths: list[list[Path]]) -> Part:
-    """The images of each class."""
-    flat = [path for files in paths for path in files]
-    pixels = [_decode(path) for path in flat]
-    for path, image in zip(flat, pixels, strict=True):
+    numbers = {name: number for number, name in enumerate(classes)}
+    files = make_dataset(part, numbers, is_valid_file=is_image, allow_empty=True)
+    if empty := set(numbers.values()) - {label for _, label in files}:
+        raise ValueError(f"no images in {part / classes[min(empty)]}: put some there, or take the class away")
+    pixels = [_decode(path) for path, _ in files]
+    for (path, _), image in zip(files, pixels, strict=True):
         if image.shape != pixels[0].shape:
             sizes = [f"{i.shape[1]}x{i.shape[0]}" for i in (image, pixels[0])]
             raise ValueError(f"{path} has {sizes[0]} pixels, the first image {sizes[1]}; bring all to one size")
-    labels = torch.arange(len(paths)).repeat_interleave(torch.tensor([len(files) for files in paths]))
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), labels
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor([label for _, label in files])
 
 
-def _decode(path: Path) -> np.ndarray:
+def _decode(path: str) -> np.ndarray:
     """uint8 [H, W, 3]. Of 16-bit grey, which Pillow would cut off at 255, the upper 8 bits count."""
     from PIL import Image
 
@@ -274,7 +244,7 @@ def _decode(path: Path) -> np.ndarray:
         raise ValueError(f"{path} cannot be read as an image ({error}); mend it or take it away") from error
 
 
-def _torchvision(name: str) -> tuple[list[Part], list[str]]:
+def _torchvision(name: str) -> tuple[list[Any], list[str]]:
     from torchvision import datasets
 
     load = getattr(datasets, name.upper())
