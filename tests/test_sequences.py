@@ -42,7 +42,7 @@ SEQUENCES = {name: corpus for name, corpus in CORPORA.items() if corpus.metric i
 
 def write_parts(root: Path, name: str, sides: dict[str, str] | str) -> None:
     """The same content for every part: of parallel files by ending, or of JSON lines."""
-    for file in CORPORA[name].files.values():
+    for (file,) in CORPORA[name].files.values():
         for ending, content in (sides if isinstance(sides, dict) else {"": sides}).items():
             write(root / (f"{file}.{ending}" if ending else file), content)
 
@@ -95,13 +95,18 @@ def test_a_line_that_cannot_be_read_is_named(root, line):
 def test_mails_in_their_transfer_encoding_are_left_out(root):
     junk = "FERC Proposes New Rules=20 Dow=20 Jones =09=09 Energy"
     clean = "a table of x=10 and " + "many plain words " * 5
-    assert [_left_out("aeslc", mail) for mail in (junk, clean, "", "x = 20, y =a0")] == [True, False, False, False]
-    assert not _left_out("cnn_dm", junk), "another set's texts are what they are"
+    assert [_left_out("aeslc/train", mail) for mail in (junk, clean, "", "x = 20, y =a0")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert not _left_out("cnn_dm/train", junk), "another set's texts are what they are"
     rows = "".join(json.dumps({"email": mail, "subject": "s"}) + "\n" for mail in ("hello", junk, "bye"))
     write_parts(root, "aeslc", rows)
     assert kd.data.text("aeslc").train.ids.tolist() == [0, 2]
     write_parts(root, "aeslc", json.dumps({"email": junk, "subject": "s"}))
-    with pytest.raises(ValueError, match="aeslc has no usable pair in its train part"):
+    with pytest.raises(ValueError, match="aeslc/train has no usable pair"):
         kd.data.text("aeslc")
 
 
@@ -149,7 +154,7 @@ def test_what_is_not_at_hand_has_a_remedy(root, monkeypatch, name):
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(FileNotFoundError, match="Go online and run again, or put the files there") as error:
         kd.data.text(name)
-    for part in (str(root), *CORPORA[name].files.values(), *CORPORA[name].columns, "KDLIB_SCALE=smoke"):
+    for part in (str(root), *sum(CORPORA[name].files.values(), []), *CORPORA[name].columns, "KDLIB_SCALE=smoke"):
         assert part in str(error.value)
 
 
@@ -189,7 +194,7 @@ def test_other_targets_for_the_same_sources():
     other = data.with_targets(["", *data.targets[1:]])
     assert other.sources == data.sources and torch.equal(other.ids, data.ids) and other.targets[0] == ""
     assert other.name == "toy-rewritten" and other.fingerprint != data.fingerprint
-    with pytest.raises(ValueError, match="3 targets for 60 sources"):
+    with pytest.raises(ValueError, match="60 sources, 3 targets"):
         data.with_targets(["a"] * 3)
 
 

@@ -56,12 +56,8 @@ class ImageSet(Rows):
         super().__post_init__()
         images = torch.as_tensor(self.images)
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != len(self.mean):
-            wanted = (
-                f"[N, {len(self.mean)}, H, W] of 0 to 255 ((255 * images).round().to(torch.uint8) of values in [0, 1])"
-            )
-            raise ValueError(
-                f"{self.name}: the images are {images.dtype} {list(images.shape)}; they must be uint8 {wanted}"
-            )
+            wanted = f"uint8 [N, {len(self.mean)}, H, W], (255 * x).round().to(torch.uint8) of pixels x from 0 to 1"
+            raise ValueError(f"{self.name}: the images are {images.dtype} {list(images.shape)}; they must be {wanted}")
         object.__setattr__(self, "images", images.contiguous(memory_format=torch.channels_last))
 
     @property
@@ -111,12 +107,8 @@ class ImageSet(Rows):
     def _batch(self, rows: Tensor, pixels: Tensor, view: Tensor) -> dict[str, Any]:
         # Scale and shift for each of a flattened image's H * W * C values: no broadcasting in a batch.
         mean, std = (torch.tensor(values).repeat(pixels.shape[1:3].numel()) for values in (self.mean, self.std))
-        x = (
-            torch.addcmul(-mean / std, pixels.flatten(1).float(), 1 / (255 * std))
-            .view(pixels.shape)
-            .permute(0, 3, 1, 2)
-        )
-        return {"x": x, "y": self.labels[rows], "id": self.ids[rows], "view": view}
+        x = torch.addcmul(-mean / std, pixels.flatten(1).float(), 1 / (255 * std)).view(pixels.shape)
+        return {"x": x.permute(0, 3, 1, 2), "y": self.labels[rows], "id": self.ids[rows], "view": view}
 
 
 @dataclass(frozen=True)
@@ -133,9 +125,9 @@ class ImageBatches(Batches):
             pixels[view.bool()] = pixels[view.bool()].flip(2)
         if self.crop:  # moved by up to so many pixels either way; what comes in from outside is black
             count, height, width, channels = pixels.shape
-            padded = F.pad(pixels, (0, 0) + (self.crop,) * 4)
             # All windows as a view, [B, 2p + 1, 2p + 1, H, W * C], of which one an image is copied.
-            windows = padded.flatten(2).unfold(1, height, 1).unfold(2, width * channels, channels)
+            padded = F.pad(pixels, (0, 0) + (self.crop,) * 4).flatten(2)
+            windows = padded.unfold(1, height, 1).unfold(2, width * channels, channels)
             top, left = torch.randint(2 * self.crop + 1, (2, count), generator=random)
             pixels, view = windows[torch.arange(count), top, left].reshape(pixels.shape), torch.full_like(view, -1)
         return self.data._batch(rows, pixels, view)
@@ -181,9 +173,9 @@ def images(name: str | Path) -> ImageData:
         pixels = parts[0][0].double() / 255
         mean = tuple(pixels.mean((0, 2, 3)).tolist())
         std = tuple(pixels.std((0, 2, 3), unbiased=False).clamp(min=1e-6).tolist())
-    sets = []
-    for part, (pixels, labels), planned in zip(("train", "test"), parts, (50_000, 10_000), strict=True):
-        ids, stands_for = torch.arange(len(labels)) + FIRST_ID[part], planned if count and scale.rehearsing() else None
+    sets, planned = [], (50_000, 10_000) if count and scale.rehearsing() else (None, None)
+    for part, (pixels, labels), stands_for in zip(("train", "test"), parts, planned, strict=True):
+        ids = torch.arange(len(labels)) + FIRST_ID[part]
         sets.append(ImageSet(pixels, labels, ids, classes, mean, std, f"{Path(name).name}/{part}", stands_for))
     return ImageData(*sets)
 
@@ -203,9 +195,8 @@ def _class_folders(folder: Path) -> tuple[list[Any], list[str]]:
     if absent := [part for part in parts if not part.is_dir()]:
         raise FileNotFoundError(f"{absent[0]} is missing: {folder} needs {{train,test}}/<class>/*.png")
     classes, others = (sorted(c.name for c in part.iterdir() if c.is_dir() and c.name[0] != ".") for part in parts)
-    if classes != others:
-        told = ", ".join(sorted({*classes} ^ {*others}))
-        raise ValueError(f"both parts of {folder} must have the same class folders; only one has {told}")
+    if odd := sorted({*classes} ^ {*others}):
+        raise ValueError(f"both parts of {folder} must have the same class folders; only one has {', '.join(odd)}")
     return [_images_of(part, classes) for part in parts], classes
 
 
@@ -217,9 +208,9 @@ def _images_of(part: Path, classes: list[str]) -> tuple[Tensor, Tensor]:
         hidden = any(name[0] == "." for name in Path(path).relative_to(part).parts)
         return not hidden and Path(path).suffix.lower() not in NO_IMAGES
 
-    numbers = {name: number for number, name in enumerate(classes)}
+    numbers = dict(zip(classes, range(len(classes)), strict=True))
     files = make_dataset(part, numbers, is_valid_file=is_image, allow_empty=True)
-    if empty := set(numbers.values()) - {label for _, label in files}:
+    if empty := {*numbers.values()} - {label for _, label in files}:
         raise ValueError(f"no images in {part / classes[min(empty)]}: put some there, or take the class away")
     pixels = [_decode(path) for path, _ in files]
     for (path, _), image in zip(files, pixels, strict=True):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdlib import scale
 from kdlib.data import sources
 from kdlib.data.rows import FIRST_ID, STAND_IN, Ragged, Rows, TokenRows
-from kdlib.data.sources import Corpus
+from kdlib.data.sources import PARTS, Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -72,7 +75,7 @@ class TextSet(Rows):
         """
         if tokenizer.pad_token_id is None:
             raise ValueError(
-                "the tokenizer has no padding token; give it one: tokenizer.pad_token = tokenizer.eos_token"
+                "the tokenizer has no padding token: tokenizer.pad_token = tokenizer.eos_token gives it one"
             )
         columns = [list(column) for column in zip(*self.texts, strict=True)] if self.pairs else [self.texts]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length)
@@ -98,16 +101,9 @@ class TokenSet(TokenRows):
     kinds: Ragged | None
     pad: int
     vocabulary: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [N], tokens of each row."""
-        return self.tokens.lengths
-
-    @property
-    def classes(self) -> list[str]:
-        """The class names, in the order of the labels; empty for scores."""
-        return self.source.classes
+    classes = property(
+        attrgetter("source.classes"), doc="The class names, in the order of the labels; none for scores."
+    )
 
     def batch(self, rows: Tensor) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` [B, L], ``y`` and ``id`` [B]; of pairs ``token_type_ids``, if any."""
@@ -147,8 +143,6 @@ class SequenceSet(Rows):
 
     def with_targets(self, targets: Sequence[str]) -> SequenceSet:
         """The same sources and ids with other targets, such as a teacher's outputs (sequence-level distillation)."""
-        if len(targets) != len(self):
-            raise ValueError(f"{len(targets):,} targets for {len(self):,} sources; give one each, in the set's order")
         return replace(self, targets=list(targets), name=f"{self.name}-rewritten")
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, *, max_source: int, max_target: int) -> SequenceTokens:
@@ -163,10 +157,8 @@ class SequenceSet(Rows):
         pad, bos, eos = special_tokens(tokenizer)
         if min(max_source, max_target) < 1:
             raise ValueError(f"max_source is {max_source}, max_target is {max_target}; both must be at least 1 token")
-        read, write = (
-            tokenizer(side, add_special_tokens=False)["input_ids"] if side else []
-            for side in (self.sources, self.targets)
-        )
+        texts = (self.sources, self.targets)
+        read, write = (tokenizer(side, add_special_tokens=False)["input_ids"] if side else [] for side in texts)
         inputs = Ragged.of([[*row[: max_source - 1], eos] for row in read])
         outputs = Ragged.of([[*row, eos][:max_target] for row in write])
         return SequenceTokens(self, inputs, outputs, pad, bos, eos, len(tokenizer))
@@ -184,29 +176,16 @@ class SequenceTokens(TokenRows):
     bos: int
     eos: int
     vocabulary: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """int64 [N], tokens of each source with its EOS."""
-        return self.inputs.lengths
-
-    @property
-    def target_lengths(self) -> Tensor:
-        """int64 [N], tokens of each target with its EOS."""
-        return self.outputs.lengths
+    target_lengths = property(attrgetter("outputs.lengths"), doc="int64 [N], tokens of each target with its EOS.")
 
     def batch(self, rows: Tensor) -> dict[str, Any]:
         """``input_ids``, ``attention_mask`` [B, Lx]; ``labels`` [B, Ly] (-100 at padding), ``decoder_input_ids``
         [B, Ly] (BOS, then the labels without their last; PAD after); ``id`` [B]."""
         read, real = self.inputs.padded(rows, self.pad)
         labels, written = self.outputs.padded(rows, IGNORED)
-        shifted = torch.where(written, labels, self.pad).roll(1, dims=1)
-        shifted[:, 0] = self.bos
-        prefix = torch.where(written, shifted, self.pad)
-        return {
-            "input_ids": read, "attention_mask": real.long(), "labels": labels, "decoder_input_ids": prefix,
-            "id": self.ids[rows],
-        }  # fmt: skip
+        prefix = F.pad(labels[:, :-1], (1, 0), value=self.bos).masked_fill(~written, self.pad)
+        sides = {"input_ids": read, "attention_mask": real.long(), "labels": labels, "decoder_input_ids": prefix}
+        return {**sides, "id": self.ids[rows]}
 
 
 @dataclass(frozen=True)
@@ -221,11 +200,7 @@ class TextData:
     test: TextSet | SequenceSet | None
     name: str
     metric: str
-
-    @property
-    def classes(self) -> list[str]:
-        """The class names, in the order of the labels; empty for scores."""
-        return self.train.classes
+    classes = property(attrgetter("train.classes"), doc="The class names, in the order of the labels; none for scores.")
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
@@ -236,10 +211,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
     """
     ids = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     if None in ids or len(set(ids)) < 3:
-        raise ValueError(
-            f"PAD, BOS and EOS are the tokens {ids}; all three must be there and differ. kd.data.train_subwords makes "
-            "such a tokenizer; to another, add_special_tokens({'bos_token': '[BOS]'}) adds what is missing"
-        )
+        remedy = "kd.data.train_subwords makes them; add_special_tokens({'bos_token': '[BOS]'}) adds what is missing"
+        raise ValueError(f"PAD, BOS and EOS are the tokens {ids}; all three must be there and differ. {remedy}")
     return ids
 
 
@@ -256,63 +229,41 @@ def _hash(content: list) -> str:
 
 # --- the sets -------------------------------------------------------------------------------------------------------
 
-_PAIR, _ENTAILED = ("sentence1", "sentence2"), ("entailment", "not_entailment")
-
-
-def _glue(folder: str, columns: tuple, classes: tuple, metric: str, rows: int, words: int, **more: Any) -> Corpus:
-    """Texts and the label are the columns; the hub calls the texts ``hub``, and the label always ``label``."""
-    names = more.pop("files", {"train": "train", "validation": "dev"})
-    files = {
-        part: " + ".join(f"glue/{folder}/{name}.tsv" for name in given.split(" + ")) for part, given in names.items()
-    }
-    hub = ("nyu-mll/glue", folder.lower().replace("-", ""))
-    hub_columns = (*more.pop("hub", columns[:-1]), "label")
-    return Corpus(files, columns, metric, rows, words, classes, hub, hub_columns=hub_columns, **more)
-
-
-def _lines(folder: str, files: str, rows: int, words: int, classes: int, label: str = "label") -> Corpus:
-    parts = dict(zip(PARTS if files.count(" ") == 2 else ("train", "test"), files.split(), strict=True))
-    paths = {part: f"textcls/{folder}/{file}.jsonl" for part, file in parts.items()}
-    return Corpus(paths, ("text", label), "accuracy", rows, words, classes)
-
-
-def _sequences(
-    files: str, columns: tuple[str, str], metric: str, rows: int, words: tuple[int, int], *hub: str | None, **more: Any
-) -> Corpus:
-    parts = {part: files.format(file) for part, file in zip(PARTS, more.pop("names", PARTS), strict=True)}
-    return Corpus(parts, columns, metric, rows, words, hub=hub, **more)
-
-
-PARTS = ("train", "validation", "test")
-_DEV, _VALID = ("train", "dev", "test"), ("train", "valid", "test")
-_COLA = {"train": "in_domain_train", "validation": "in_domain_dev + out_of_domain_dev"}
-_MNLI = {"train": "train", "validation": "dev_matched", "test": "dev_mismatched"}
-_REVIEWS = ("amazon_books", "amazon_dvd", "amazon_electronics", "amazon_kitchen")
+_PAIR, _ENTAILED, _POLAR = ("sentence1", "sentence2"), ("entailment", "not_entailment"), ("negative", "positive")
+_GLUE, _THREE, _REVIEWS = "nyu-mll/glue", "train dev test", "amazon_books amazon_dvd amazon_electronics amazon_kitchen"
 CORPORA = {
-    "sst2": _glue("SST-2", ("sentence", "label"), ("negative", "positive"), "accuracy", 67_349, 10),
-    "cola": _glue("CoLA", (3, 1), ("unacceptable", "acceptable"), "mcc", 8_551, 8, files=_COLA, hub=("sentence",)),
-    "mrpc": _glue("MRPC", ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), "f1", 3_668, 44, hub=_PAIR),
-    "rte": _glue("RTE", (*_PAIR, "label"), _ENTAILED, "accuracy", 2_490, 55),
-    "stsb": _glue("STS-B", (*_PAIR, "score"), (), "pearson", 5_749, 24),
-    "qnli": _glue("QNLI", ("question", "sentence", "label"), _ENTAILED, "accuracy", 104_743, 38),
-    "qqp": _glue("QQP", ("question1", "question2", "is_duplicate"), ("not_duplicate", "duplicate"), "f1", 363_846, 22),
-    "mnli": _glue("MNLI", (*_PAIR, "gold_label"), ("entailment", "neutral", "contradiction"), "accuracy", 392_702, 30, files=_MNLI,
-                  hub=("premise", "hypothesis"), hub_parts={"validation": "validation_matched", "test": "validation_mismatched"}),
-    "trec": _lines("trec", "train test", 5_452, 10, 6),
-    "clinc150": _lines("clinc150", "train val test", 15_000, 8, 150),
-    "clinc_domains": _lines("clinc150", "train val test", 15_000, 8, 10, label="domain"),
-    "ag_news": _lines("ag_news", "train_10k test", 9_977, 38, 4),
-    **{name: _lines(name, "train dev test", 1_360, 120, 2) for name in _REVIEWS},
-    "airline_reviews": _lines("airline_reviews", "train dev test", 1_398, 100, 2),
-    "yelp_sentences": _lines("yelp_sentences", "train test", 3_854, 10, 2),
-    "multi30k": _sequences("multi30k/{}", ("de", "en"), "bleu", 29_000, (11, 12), "bentrevett/multi30k", names=("train", "val", "test_2016_flickr")),
-    "iwslt14": _sequences("iwslt14/{}", ("de", "en"), "bleu", 171_721, (18, 19), "bbaaaa/iwslt14-de-en", None, "refs/convert/parquet", names=_VALID),
-    "wmt16": _sequences("wmt16/{}", ("en", "de"), "bleu", 4_548_885, (23, 22), "wmt/wmt16", "de-en", names=_VALID),
-    "aeslc": _sequences("summarisation/aeslc/{}.jsonl", ("email", "subject"), "rouge1", 14_436, (117, 4), "Yale-LILY/aeslc", names=_DEV,
-                        hub_columns=("email_body", "subject_line")),
-    "cnn_dm": _sequences("summarisation/cnn_dm/{}.jsonl", ("article", "highlights"), "rouge1", 287_113, (690, 50), "abisee/cnn_dailymail", "3.0.0"),
+    "sst2": Corpus("glue/SST-2/{}.tsv", "train dev", ("sentence", "label"), "accuracy", 67_349, (10,), _POLAR, (_GLUE, "sst2")),
+    "cola": Corpus("glue/CoLA/{}.tsv", "in_domain_train in_domain_dev+out_of_domain_dev", (3, 1), "mcc", 8_551, (8,),
+                   ("unacceptable", "acceptable"), (_GLUE, "cola"), hub_columns=("sentence", "label")),
+    "mrpc": Corpus("glue/MRPC/{}.tsv", "train dev", ("#1 String", "#2 String", "Quality"), "f1", 3_668, (22, 22),
+                   ("not_equivalent", "equivalent"), (_GLUE, "mrpc"), hub_columns=(*_PAIR, "label")),
+    "rte": Corpus("glue/RTE/{}.tsv", "train dev", (*_PAIR, "label"), "accuracy", 2_490, (27, 28), _ENTAILED, (_GLUE, "rte")),
+    "stsb": Corpus("glue/STS-B/{}.tsv", "train dev", (*_PAIR, "score"), "pearson", 5_749, (12, 12), (), (_GLUE, "stsb"),
+                   hub_columns=(*_PAIR, "label")),
+    "qnli": Corpus("glue/QNLI/{}.tsv", "train dev", ("question", "sentence", "label"), "accuracy", 104_743, (19, 19), _ENTAILED, (_GLUE, "qnli")),
+    "qqp": Corpus("glue/QQP/{}.tsv", "train dev", ("question1", "question2", "is_duplicate"), "f1", 363_846, (11, 11),
+                  ("not_duplicate", "duplicate"), (_GLUE, "qqp"), hub_columns=("question1", "question2", "label")),
+    "mnli": Corpus("glue/MNLI/{}.tsv", "train dev_matched dev_mismatched", (*_PAIR, "gold_label"), "accuracy", 392_702, (15, 15),
+                   ("entailment", "neutral", "contradiction"), (_GLUE, "mnli"), "train validation_matched validation_mismatched",
+                   ("premise", "hypothesis", "label")),
+    "trec": Corpus("textcls/trec/{}.jsonl", "train - test", ("text", "label"), "accuracy", 5_452, (10,), 6),
+    "clinc150": Corpus("textcls/clinc150/{}.jsonl", "train val test", ("text", "label"), "accuracy", 15_000, (8,), 150),
+    "clinc_domains": Corpus("textcls/clinc150/{}.jsonl", "train val test", ("text", "domain"), "accuracy", 15_000, (8,), 10),
+    "ag_news": Corpus("textcls/ag_news/{}.jsonl", "train_10k - test", ("text", "label"), "accuracy", 9_977, (38,), 4),
+    **{name: Corpus(f"textcls/{name}/{{}}.jsonl", _THREE, ("text", "label"), "accuracy", 1_360, (120,), 2) for name in _REVIEWS.split()},
+    "airline_reviews": Corpus("textcls/airline_reviews/{}.jsonl", _THREE, ("text", "label"), "accuracy", 1_398, (100,), 2),
+    "yelp_sentences": Corpus("textcls/yelp_sentences/{}.jsonl", "train - test", ("text", "label"), "accuracy", 3_854, (10,), 2),
+    "multi30k": Corpus("multi30k/{}", "train val test_2016_flickr", ("de", "en"), "bleu", 29_000, (11, 12), hub=("bentrevett/multi30k",)),
+    "iwslt14": Corpus("iwslt14/{}", "train valid test", ("de", "en"), "bleu", 171_721, (18, 19),
+                      hub=("bbaaaa/iwslt14-de-en", None, "refs/convert/parquet"), hub_columns=("translation.de", "translation.en")),
+    "wmt16": Corpus("wmt16/{}", "train valid test", ("en", "de"), "bleu", 4_548_885, (23, 22), hub=("wmt/wmt16", "de-en"),
+                    hub_columns=("translation.en", "translation.de")),
+    "aeslc": Corpus("summarisation/aeslc/{}.jsonl", _THREE, ("email", "subject"), "rouge1", 14_436, (117, 4), hub=("Yale-LILY/aeslc",),
+                    hub_columns=("email_body", "subject_line")),
+    "cnn_dm": Corpus("summarisation/cnn_dm/{}.jsonl", "train validation test", ("article", "highlights"), "rouge1", 287_113, (690, 50),
+                     hub=("abisee/cnn_dailymail", "3.0.0")),
 }  # fmt: skip
-_STARS = ("1 star", "2 stars", "3 stars", "4 stars", "5 stars")
+WRITTEN = ("bleu", "rouge1")  # the metrics of sequences
 TOYS = {  # file, columns, metric
     "toy_reviews": ("toy_reviews", ("text", "label"), "accuracy"),
     "toy_requests": ("toy_requests", ("text", "label"), "accuracy"),
@@ -346,98 +297,74 @@ def text(name: str) -> TextData:
         file, columns, metric = TOYS[name]
         rows = sources.json_lines(sources.embedded(f"{file}.jsonl"))
         parts = {p: [tuple(row[c] for c in columns) for row in rows if row["part"] == p] for p in PARTS}
-        if columns[0] == "source":
-            return _sequence_data(name, parts, metric)
+        classes = list(dict.fromkeys(row[columns[1]] for row in rows))
         if name == "toy_reviews":
-            parts = {part: [(text, _STARS[stars - 1]) for text, stars in rows] for part, rows in parts.items()}
-            return _text_data(name, parts, _STARS, metric)
-        return _text_data(name, parts, dict.fromkeys(row[columns[1]] for row in rows), metric)
+            classes = ["1 star", "2 stars", "3 stars", "4 stars", "5 stars"]
+            parts = {part: [(text, classes[stars - 1]) for text, stars in rows] for part, rows in parts.items()}
+        return _data(name, parts, metric, classes)
     if name not in CORPORA:
         raise ValueError(f"no text set is called {name!r}; there are {', '.join([*TOYS, *CORPORA])}")
     corpus = CORPORA[name]
     if scale.rehearsing():
         return _stand_in(name, corpus)
-    parts = corpus.read(name)
-    if corpus.metric in ("bleu", "rouge1"):
-        return _sequence_data(name, parts, corpus.metric)
-    classes = corpus.classes if isinstance(corpus.classes, tuple) else _names(label for _, label in parts["train"])
-    return _text_data(name, parts, classes, corpus.metric)
+    parts, classes = corpus.read(name), corpus.classes
+    if isinstance(classes, int):  # 0 and 1 are polarities
+        found = sorted({label for _, label in parts["train"]})
+        classes = _POLAR if set(found) <= {0, 1} else tuple(map(str, found))
+    return _data(name, parts, corpus.metric, classes)
 
 
-def _names(labels: Iterable[Any]) -> list[str]:
-    """Class names of the labels of a training part; 0 and 1 are polarities."""
-    found = set(labels)
-    if found <= {0, 1}:
-        return ["negative", "positive"]
-    return [str(label) for label in sorted(found, key=lambda label: (isinstance(label, str), label))]
-
-
-def _text_data(name: str, parts: dict[str, list[tuple]], classes: Iterable[str], metric: str) -> TextData:
-    classes, sets = list(classes), {}
+def _data(name: str, parts: dict[str, list[tuple]], metric: str, classes: Sequence[str]) -> TextData:
+    sets: dict[str, Any] = {}
     for part, rows in parts.items():
-        texts = [row[0] if len(row) == 2 else row[:-1] for row in rows]
-        labels = [_label(row[-1], classes, f"{name}/{part}, row {number}") for number, row in enumerate(rows)]
-        ids = torch.arange(len(rows)) + FIRST_ID[part]
-        sets[part] = TextSet(texts, torch.tensor(labels), ids, classes, f"{name}/{part}")
+        place, ids = f"{name}/{part}", torch.arange(len(rows)) + FIRST_ID[part]
+        sets[part] = _pairs(rows, ids, place) if metric in WRITTEN else _labelled(rows, ids, list(classes), place)
     if "validation" not in sets:
         sets["train"], held = sets["train"].split(len(sets["train"]) // 10, seed=0)
         sets["validation"] = replace(held, name=f"{name}/validation")
     return TextData(sets["train"], sets["validation"], sets.get("test"), name, metric)
 
 
-def _label(given: Any, classes: list[str], where: str) -> int | float:
-    if str(given) in classes:
-        return classes.index(str(given))
-    try:
-        label = int(given) if classes else float(given)
-    except ValueError:
-        label = -1
-    if classes and not 0 <= label < len(classes):
-        raise ValueError(f"{where}: the label {given!r} is none of {', '.join(classes)}; unpack that file again")
-    return label
+def _pairs(rows: list[tuple], ids: Tensor, place: str) -> SequenceSet:
+    """White space counts as one space; pairs with an empty side, and mails in their transfer encoding, are left out."""
+    clean = [[" ".join(side.split()) for side in row] for row in rows]
+    kept = [row for row, (source, target) in enumerate(clean) if source and target and not _left_out(place, source)]
+    if not kept:
+        raise ValueError(f"{place} has no usable pair; unpack that file again")
+    read, write = ([clean[row][side] for row in kept] for side in (0, 1))
+    return SequenceSet(read, write, ids[kept], place)
 
 
-def _sequence_data(name: str, parts: dict[str, list[tuple]], metric: str) -> TextData:
-    sets = []
-    for part in PARTS:
-        clean = [[" ".join(side.split()) for side in row] for row in parts[part]]
-        kept = [row for row, (source, _) in enumerate(clean) if all(clean[row]) and not _left_out(name, source)]
-        if not kept:
-            raise ValueError(f"{name} has no usable pair in its {part} part; unpack that file again")
-        columns = [[clean[row][side] for row in kept] for side in (0, 1)]
-        sets.append(SequenceSet(*columns, torch.tensor(kept) + FIRST_ID[part], f"{name}/{part}"))
-    return TextData(*sets, name, metric)
-
-
-def _left_out(name: str, source: str) -> bool:
+def _left_out(place: str, source: str) -> bool:
     """Whether a mail is left in its transfer encoding: one word in ten or more holds ``=20``, ``=3D`` or the like."""
-    words = source.split() if name == "aeslc" else []
+    words = source.split() if place.startswith("aeslc/") else []
     return sum(bool(re.search("=[0-9A-F]{2}", word)) for word in words) * 10 >= len(words) > 0
+
+
+def _labelled(rows: list[tuple], ids: Tensor, classes: list[str], place: str) -> TextSet:
+    """Labels are names, or numbers as such or as text; without classes, scores."""
+    texts, given = [row[0] if len(row) == 2 else row[:-1] for row in rows], [row[-1] for row in rows]
+    known = {key: number for number in range(len(classes)) for key in (number, str(number))}
+    known |= {name: number for number, name in enumerate(classes)}
+    labels = [known.get(str(label), known.get(label)) if classes else float(label) for label in given]
+    if None in labels:
+        row, wanted = labels.index(None), ", ".join(classes)
+        raise ValueError(f"{place}, row {row}: the label {given[row]!r} is none of {wanted}; unpack that file again")
+    return TextSet(texts, labels, ids, classes, place)
 
 
 def _stand_in(name: str, corpus: Corpus) -> TextData:
     """Embedded words, as many as a text of the set has, for a rehearsal."""
-    planned = {"train": corpus.rows, "validation": corpus.rows // 10, "test": corpus.rows // 10}
-    parts = dict.fromkeys({"train": 0, "validation": 0, **corpus.files})
-    if isinstance(corpus.words, tuple):
-        toy = text("toy_translation").train
-        sides = [_runs(side, words) for side, words in zip((toy.sources, toy.targets), corpus.words, strict=True)]
-        data = _sequence_data(name, dict.fromkeys(parts, list(zip(*sides, strict=True))), corpus.metric)
-        planned |= {"validation": 1000, "test": 1000}
-    else:
-        count, sides = corpus.classes, len(corpus.columns) - 1
-        classes = [f"class {number}" for number in range(count)] if isinstance(count, int) else list(count)
-        runs = [run.split() for run in _runs(text("toy_reviews").train.texts[: STAND_IN * 20], corpus.words)]
-        bounds = [(side * corpus.words // sides, (side + 1) * corpus.words // sides) for side in range(sides)]
-        cuts = [[" ".join(run[start:stop]) for start, stop in bounds] for run in runs]
-        rows = [(*cut, classes[row % len(classes)] if classes else row % 6) for row, cut in enumerate(cuts)]
-        data = _text_data(name, dict.fromkeys(parts, rows), classes, corpus.metric)
+    pool, classes = itertools.cycle(" ".join(text("toy_reviews").train.texts).split()), corpus.classes
+    rows = [tuple(" ".join(itertools.islice(pool, words)) for words in corpus.words) for _ in range(STAND_IN)]
+    held = 1000
+    if corpus.metric not in WRITTEN:
+        held = corpus.rows // 10
+        classes = [f"class {number}" for number in range(classes)] if isinstance(classes, int) else classes
+        rows = [(*row, classes[number % len(classes)] if classes else number % 6) for number, row in enumerate(rows)]
+    data = _data(name, dict.fromkeys(["train", "validation", *corpus.files], rows), corpus.metric, classes)
+    planned = {"train": corpus.rows, "validation": held, "test": held}
     return replace(data, **{p: replace(getattr(data, p), stands_for=n) for p, n in planned.items() if getattr(data, p)})
-
-
-def _runs(texts: list[str], words: int) -> list[str]:
-    pool = " ".join(texts).split()
-    return [" ".join(pool[(row * words + k) % len(pool)] for k in range(words)) for row in range(STAND_IN)]
 
 
 # --- tokenizers from scratch ----------------------------------------------------------------------------------------
@@ -453,17 +380,11 @@ def train_tokenizer(texts: Iterable[Any], vocab_size: int = 4000) -> PreTrainedT
         ValueError: ``vocab_size`` leaves no room for words.
     """
     parts = sources.optional("tokenizers")
-    special = ["[PAD]", "[UNK]", "[SEP]"]
-    if vocab_size <= len(special):
-        raise ValueError(f"vocab_size is {vocab_size}; it must leave room for words beside {', '.join(special)}")
-    words = parts.Tokenizer(parts.models.WordLevel(unk_token="[UNK]"))
-    normalizers = parts.normalizers
+    words, normalizers = parts.Tokenizer(parts.models.WordLevel(unk_token="[UNK]")), parts.normalizers
     words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.BertNormalizer(strip_accents=False)])
     words.pre_tokenizer = parts.pre_tokenizers.BertPreTokenizer()
     flat = (part for text in texts for part in ([text] if isinstance(text, str) else text))
-    trainer = parts.trainers.WordLevelTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    words.train_from_iterator(flat, trainer)
-    return _finished(words, "[SEP]", pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]")
+    return _trained(words, parts.trainers.WordLevelTrainer, flat, vocab_size, "pad unk sep")
 
 
 def train_subwords(texts: Iterable[str], vocab_size: int = 2000, *, lowercase: bool = True) -> PreTrainedTokenizerFast:
@@ -476,28 +397,25 @@ def train_subwords(texts: Iterable[str], vocab_size: int = 2000, *, lowercase: b
         ValueError: special tokens and characters alone are more than ``vocab_size``.
     """
     parts = sources.optional("tokenizers")
-    normalizers, pre_tokenizers = parts.normalizers, parts.pre_tokenizers
-    special = ["[PAD]", "[BOS]", "[EOS]", "[UNK]"]
-    words = parts.Tokenizer(parts.models.BPE(unk_token="[UNK]"))
+    words, normalizers = parts.Tokenizer(parts.models.BPE(unk_token="[UNK]")), parts.normalizers
     steps = [normalizers.NFC(), normalizers.Replace(parts.Regex(r"\s+"), " "), normalizers.Strip()]
     words.normalizer = normalizers.Sequence([*steps, *([normalizers.Lowercase()] if lowercase else [])])
-    words.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(behavior="isolated")]
-    )
+    cuts = [parts.pre_tokenizers.Metaspace(), parts.pre_tokenizers.Punctuation(behavior="isolated")]
+    words.pre_tokenizer = parts.pre_tokenizers.Sequence(cuts)
     words.decoder = parts.decoders.Metaspace()
-    trainer = parts.trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
-    words.train_from_iterator(texts, trainer)
-    if words.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; the special tokens and characters alone are {words.get_vocab_size()}"
-        )
+    return _trained(words, parts.trainers.BpeTrainer, texts, vocab_size, "pad bos eos unk")
+
+
+def _trained(words: Any, trainer: Any, texts: Iterable[str], size: int, special: str) -> PreTrainedTokenizerFast:
+    """For ``transformers``; EOS or else SEP closes a text and each half of a pair."""
+    names = {f"{name}_token": f"[{name.upper()}]" for name in special.split()}
+    tokens = list(names.values())
+    words.train_from_iterator(texts, trainer(vocab_size=size, special_tokens=tokens, show_progress=False))
+    if (found := words.get_vocab_size()) > size or size == len(tokens):
+        raise ValueError(f"vocab_size is {size}; the special tokens and characters alone are {found}")
     if scale.rehearsing():  # the few texts have few words; models shall have the size that they will have
-        words.add_tokens([f"[UNUSED{number}]" for number in range(words.get_vocab_size(), vocab_size)])
-    return _finished(words, "[EOS]", pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]")
-
-
-def _finished(words: Any, end: str, **names: str) -> PreTrainedTokenizerFast:
-    """For ``transformers``; ``end`` closes a text and each half of a pair."""
+        words.add_tokens([f"[UNUSED{number}]" for number in range(found, size)])
+    end = names.get("eos_token", "[SEP]")
     words.post_processor = sources.optional("tokenizers").processors.TemplateProcessing(
         single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, words.token_to_id(end))]
     )
