@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdlib.metrics import _forward
+from kdlib.metrics import forward
 from kdlib.models import evaluating
 
 
@@ -24,15 +24,8 @@ class Report(list[tuple[str, bool, str]]):
         lines = (f"✓ {question}" if good else f"✗ {question}\n    {remedy}" for question, good, remedy in self)
         return "\n".join(lines)
 
-    def raise_if_broken(self) -> None:
-        """Raise ValueError naming every mismatch."""
-        if not self.ok:
-            raise ValueError(f"teacher, student and data do not fit:\n{self}")
 
-
-def check_contract(
-    teacher: Any, student: nn.Module, batch: dict[str, Any], *, classes: Sequence[str] | None = None
-) -> Report:
+def check_contract(teacher: Any, student: nn.Module, batch: dict, *, classes: Sequence[str] | None = None) -> Report:
     """Ask a teacher and a student about one labelled batch (of 64 examples or more) and report every mismatch.
 
     Both run on the batch and answer finite logits; ids are in the vocabularies; inputs look normalised; class names
@@ -41,8 +34,7 @@ def check_contract(
     """
     report = Report()
     with evaluating(student), torch.no_grad():
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        theirs = _ask(report, "the student", student, batch, lambda: _forward(student, batch, device))
+        theirs = _ask(report, "the student", student, batch, lambda: forward(student, batch))
     logits = _ask(report, "the teacher", getattr(teacher, "model", None), batch, lambda: teacher(batch))
     if "x" in batch:
         x = batch["x"].float()
@@ -65,13 +57,9 @@ def check_contract(
 
 
 def _ask(report: Report, who: str, model: Any, batch: dict[str, Any], ask: Callable[[], Any]) -> Tensor | None:
-    words = getattr(model, "get_input_embeddings", lambda: None)() if model is not None else None
-    words = (
-        words
-        or next((m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "pos" not in name), None)
-        if model
-        else words
-    )
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    tables = (m for name, m in named if isinstance(m, nn.Embedding) and "pos" not in name)
+    words = getattr(model, "get_input_embeddings", lambda: next(tables, None))()
     if "input_ids" in batch and words is not None:
         largest, size = int(batch["input_ids"].max()), words.num_embeddings
         remedy = f"the batch has id {largest}: encode the texts with the tokenizer of {who}"
@@ -105,11 +93,8 @@ def _compare_with_labels(report: Report, logits: Tensor, labels: Tensor) -> None
     from scipy.optimize import linear_sum_assignment
 
     count, predicted = logits.shape[-1], logits.argmax(-1)
-    stranger = next((int(y) for y in (labels.min(), labels.max()) if not 0 <= y < count), None)
-    if labels.ndim != 1 or stranger is not None:
-        found = (
-            f"label {stranger} does not exist" if labels.ndim == 1 else f"labels have the shape {list(labels.shape)}"
-        )
+    if labels.ndim != 1 or not (0 <= labels.min() and labels.max() < count):
+        found = f"labels have the shape {list(labels.shape)}, from {labels.min()} to {labels.max()}"
         remedy = f"{found}: give class numbers from 0 to {count - 1}, one an example"
         return report.append(("labels are among the teacher's classes", False, remedy))
     accuracy = (predicted == labels).float().mean().item()

@@ -8,14 +8,18 @@ import linecache
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kdlib import files, rehearsal, scale
+import cloudpickle
+import pandas
+from tqdm.auto import tqdm
+
+from kdlib import files, rehearsal, scale, scoreboard
+from kdlib.data import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks" if (ROOT / "notebooks" / "exercises").is_dir() else Path(__file__).parent / "lessons"
@@ -38,11 +42,9 @@ def notebooks(wanted: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: there is no such chapter.
     """
-    lessons, studies = (
-        {path.name[:2] + mark: [path] for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
-        for folder, mark in ((NOTEBOOKS, ""), (NOTEBOOKS / "studies", "s"))
-    )
-    known = {**lessons, **studies, "all": sum(lessons.values(), []), "studies": sum(studies.values(), [])}
+    lessons, studies = (sorted(folder.glob("[0-9][0-9]_*.ipynb")) for folder in (NOTEBOOKS, NOTEBOOKS / "studies"))
+    known = {path.name[:2]: [path] for path in lessons} | {f"{path.name[:2]}s": [path] for path in studies}
+    known |= {"all": lessons, "studies": studies}
     if unknown := [name for name in wanted if name not in known]:
         raise ValueError(f"there is no chapter {unknown[0]!r}; there are {', '.join(known)}")
     return [path for name in wanted for path in known[name]]
@@ -67,8 +69,6 @@ def lesson(number: str) -> ModuleType:
 
     It has no file, so that the store takes its functions for the notebook's own: runs of the lesson are found again.
     """
-    import cloudpickle
-
     name, source = f"lesson_{number}", export(number)
     if (known := sys.modules.get(name)) and known.__source__ == source:
         return known
@@ -82,8 +82,8 @@ def lesson(number: str) -> ModuleType:
 
 def about(number: str) -> None:
     """What a notebook prints first: versions, device, scale, and what this chapter cost where it was measured."""
-    facts = scale.environment()
-    packages = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "transformers") if name in facts)
+    facts = {"transformers": "missing", **scale.environment()}
+    packages = ", ".join(f"{name} {facts[name]}" for name in ("python", "torch", "transformers"))
     print(f"{packages}; {facts['device']}, {facts['precision']}, threads: {facts['threads']}")
     print(f"scale: {facts['scale']} (KDLIB_SCALE = {', '.join(scale.SCALES)})")
     for path in sorted((ROOT / "results").glob(f"{number}_*.json")):
@@ -101,7 +101,6 @@ def run(paths: Sequence[Path], *, out: Path | None = None, in_place: bool = Fals
     One bar runs over all cells; then a line or two a notebook say what was seen and where it lies.
     """
     import nbformat
-    from tqdm.auto import tqdm
 
     folder = (out or files.home() / "executed" / (scale.scale() + "-rehearsal" * scale.rehearsing())).resolve()
     books, said, failures = [nbformat.read(path, as_version=4) for path in paths], [], []
@@ -154,8 +153,6 @@ def _execute(book: Any, path: Path, bar: Any) -> str:
 
 def _seen(notebook: Path, began: float) -> Iterator[str]:
     """What ``notebook``, started at ``began``, left behind, in words."""
-    from kdlib import scoreboard
-
     if scale.rehearsing():
         cost = rehearsal.report()
         if len(cost):
@@ -172,10 +169,6 @@ def _seen(notebook: Path, began: float) -> Iterator[str]:
 
 def headline(result: dict[str, Any]) -> str:
     """The comparison that stands for a results file, in words and points; empty if it has none."""
-    import pandas
-
-    from kdlib import scoreboard
-
     table, metric, first, second, _ = HEADLINES.get(result["notebook"][:2], [""] * 5)
     rows = pandas.DataFrame(result["tables"].get(table, {"rows": []})["rows"])
     if metric not in rows or not {first, second} <= set(rows["arm"]):
@@ -210,8 +203,8 @@ def _map(found: list[dict[str, Any]]) -> Iterator[str]:
         title = re.search(rf"# {number} · ([^:\\\"]+)", path.read_text(encoding="utf-8"))[1].strip()
         study = f"[study](notebooks/studies/{path.name})" if (NOTEBOOKS / "studies" / path.name).exists() else "within"
         costs = [r["run_seconds"] / 60 for r in found if r["notebook"] == path.stem and "cpu" in r["hardware"]]
-        minutes = f"{max(costs):.0f}" if costs else ""
-        yield f"| {number} | [{title}]({place}) | {study} | {BADGE.format(place)} | {minutes} |"
+        cost = f"{max(costs):.0f}" if costs else ""
+        yield f"| {number} | [{title}]({place}) | {study} | {BADGE.format(place)} | {cost} |"
 
 
 def _lines(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -222,10 +215,6 @@ def _lines(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _page(found: list[dict[str, Any]]) -> Iterator[str]:
-    import pandas
-
-    from kdlib import scoreboard
-
     yield "# Results\n\nMade by `python -m kdlib results` from the files beside it. Tables of runs hold means over seeds and"
     yield "paired differences to the first arm with 95 % t-intervals, in points (hundredths); the others are as stored.\n"
     for result in found:
@@ -254,24 +243,18 @@ def doctor() -> bool:
     """Print what this machine has and sees; False if the chapters cannot run: only what running needs decides."""
     from packaging.requirements import Requirement
 
-    from kdlib.data import sources
-
     faults = []
     for need in map(Requirement, importlib.metadata.requires("kdlib") or []):
         if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in ("", "text", "run")):
             continue
-        try:
-            there = importlib.metadata.version(need.name)
-            right = need.specifier.contains(there, prereleases=True)
-        except importlib.metadata.PackageNotFoundError:
-            there, right = "is missing", False
-        faults += [] if right else [f"✗ {need.name} {there}; kdlib needs {need.name}{need.specifier}"]
+        found = [d.version for d in importlib.metadata.distributions(name=need.name)] or ["is missing"]
+        if found == ["is missing"] or not need.specifier.contains(found[0], prereleases=True):
+            faults.append(f"✗ {need.name} {found[0]}; kdlib needs {need.name}{need.specifier}")
     home, data = files.home(), sources.root()
     try:
-        home.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=home).close()
+        files.write_json(home / "doctor.json", faults)
     except OSError as error:
-        faults.append(f"✗ {home} cannot be written to ({error.strerror}); set KDLIB_HOME to a folder of yours")
+        faults.append(f"✗ {error}")
     seen = {"home": home, "data": f"{data} ({'there' if data.is_dir() else 'not there: what can be is downloaded'})"}
     for name, value in {**scale.environment(), **seen}.items():
         print(f"{name:<13} {value}")

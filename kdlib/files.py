@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -31,6 +32,11 @@ def home() -> Path:
         raise OSError("this machine knows no home folder; set KDLIB_HOME to a folder that you may write to") from error
 
 
+def slug(text: str) -> str:
+    """``text`` as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -46,13 +52,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         OSError: it cannot be written; says how much is free there and what to set.
     """
     path = Path(path)
-    with _telling(path.parent):
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
-            part = Path(place) / path.name
-            yield part
-            with open(part, "rb+") as file:
-                os.fsync(file.fileno())
-            _replace(part, path)
+    with _telling(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as place:
+        part = Path(place) / path.name
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        _replace(part, path)
 
 
 def _replace(part: Path, path: Path) -> None:
@@ -72,11 +77,9 @@ def _telling(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-        free = shutil.disk_usage(there).free // 10**6
+        free = shutil.disk_usage(next(filter(Path.exists, (folder, *folder.parents)))).free // 10**6
         told = f"could not write in {folder} ({error.strerror or error}; {free:,} MB are free there)"
-        advice = f"free some space, or set KDLIB_HOME=/a/folder/you/may/write/to (now {home()})"
-        raise OSError(error.errno, f"{told}; {advice}") from error
+        raise OSError(error.errno, f"{told}; set KDLIB_HOME=/a/folder/you/may/write/to (now {home()})") from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

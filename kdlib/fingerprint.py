@@ -17,7 +17,6 @@ import random
 import sys
 import sysconfig
 import types
-import weakref
 from collections.abc import Iterator
 from functools import _lru_cache_wrapper, cached_property
 from typing import Any
@@ -34,15 +33,19 @@ ABOUT_RUNS = {f"kdlib.{room}" for room in "course files fingerprint plots rehear
 # Of the process, not of a run: the grid seeds these generators, and what is read from the environment is not seen.
 AMBIENT = {id(os.environ), id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
 # Of a class, what Python makes; of a module, what changes with its use and not with what it computes.
-MADE = {f"__{name}__" for name in "module dict weakref doc firstlineno static_attributes slotnames".split()} | {
-    "_abc_impl"
-}
+MADE = "__module__ __dict__ __weakref__ __doc__ __firstlineno__ __static_attributes__ __slotnames__ _abc_impl".split()
 LIBRARIES = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 PLAIN = {Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor)}  # classes of tensors that are nothing but their values
 WRAPPERS = (staticmethod, classmethod, types.MethodType, property, cached_property, _lru_cache_wrapper)
 WRAPPED = ("__func__", "__self__", "__wrapped__", "fget", "fset", "func")
 FILLS = {"append", "extend", "add", "update", "clear"}  # a list that a run only writes to is no part of what it reads
-MODE = {"training", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_is_full_backward_hook"}
+MODE = {
+    "training",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_is_full_backward_hook",
+    "_flat_weight_refs",
+}
 
 
 def fingerprint(*values: Any, memo: dict[int, Any] | None = None) -> str:
@@ -85,10 +88,8 @@ class _Walk:
             return _hash("cycle", str(len(self.path) - self.path[key]))
         if key not in self.memo:
             self.path[key] = len(self.path)
-            try:
-                self.memo[key] = (self.parts(value), value)
-            finally:
-                del self.path[key]
+            self.memo[key] = (self.parts(value), value)
+            del self.path[key]
         return self.memo[key][0]
 
     def parts(self, value: Any) -> bytes:
@@ -109,30 +110,15 @@ class _Walk:
         if kind is np.ndarray and not value.dtype.hasobject:
             return _hash(value.dtype.str, str(value.shape), np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
         if isinstance(value, types.ModuleType):
-            if value.__name__ in ABOUT_RUNS:
-                return _hash(value.__name__)
-            own = vars(value).items() if _own(value.__name__) else ()
-            return _hash(value.__name__, self.of({name: item for name, item in own if _made_in(item, value)}))
+            return _hash(value.__name__, self.of(dict(_made_in(value)) if _own(value.__name__) else {}))
         if isinstance(value, type):
             return self.class_(value)
         if isinstance(value, types.FunctionType):
             return self.function(value)
         if isinstance(getattr(value, "fingerprint", None), str):
             return _hash(value.fingerprint, self.of(kind))
-        return self.object_(value, kind)
-
-    def object_(self, value: Any, kind: type) -> bytes:
         if isinstance(value, WRAPPERS):
             return self.of([kind, *(getattr(value, name, None) for name in WRAPPED)])
-        if kind.__name__ == "OptimizedModule":  # torch.compile
-            return self.of(value._orig_mod)
-        if isinstance(value, weakref.ref):
-            return self.of(value())
-        if isinstance(value, torch.jit.ScriptModule):
-            code = value.code_with_constants
-            return self.of([code[0], code[1].const_mapping, dict(value.state_dict())])
-        if isinstance(value, torch.ScriptObject):  # packed weights
-            return self.of([str(value._type()), value.__getstate__()])
         if isinstance(value, nn.Module):  # all that it holds; of hooks the functions, without their numbers
             held = {name: item for name, item in vars(value).items() if name not in MODE and item is not None}
             hooks = {name: list(item.values()) for name, item in held.items() if name.endswith("hooks")}
@@ -151,8 +137,6 @@ class _Walk:
 
     def class_(self, cls: type) -> bytes:
         """A notebook's or a file's class with all that it has now; a library's by name, with what was patched in."""
-        if cls.__module__ in ABOUT_RUNS:
-            return _hash("class", cls.__module__, cls.__qualname__)
         if _own(cls.__module__):
             held = {name: item for name, item in vars(cls).items() if not (name in MADE or name.startswith("__annot"))}
             return _hash("class", cls.__qualname__, self.of(cls.__bases__), self.of(held))
@@ -160,8 +144,6 @@ class _Walk:
 
     def function(self, function: types.FunctionType) -> bytes:
         module = function.__globals__.get("__name__", "")  # where its code was written, whatever a decorator says
-        if module in ABOUT_RUNS:
-            return _hash("function", module, function.__qualname__)
         given = [function.__defaults__, function.__kwdefaults__]
         closure = [cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType()]
         if _own(module):
@@ -212,9 +194,8 @@ class _Walk:
 
 
 def _held(kind: type, state: dict[str, Any]) -> dict[str, Any]:
-    """What an object holds, without what it may compute again, and what is empty."""
-    cached = {name for name in state if isinstance(getattr(kind, str(name), None), cached_property)}
-    return {name: item for name, item in state.items() if name not in cached}
+    """What an object holds, without what it may compute again."""
+    return {k: item for k, item in state.items() if not isinstance(getattr(kind, str(k), None), cached_property)}
 
 
 def _module(name: str, package: str | None) -> Any:
@@ -235,20 +216,20 @@ def _library(file: str) -> bool:
 
 
 def _own(module: str) -> bool:
-    """Whether a module is a notebook, kdlib's or your own file, and no installed library."""
+    """Whether a module is a notebook, kdlib's or your own file, and no installed library, nor about how runs are kept."""
     found = sys.modules.get(module)
     if found is None or module == "__main__" or module.partition(".")[0] == "kdlib":
-        return True
-    if file := getattr(found, "__file__", None):
-        return not _library(file)
-    return getattr(found, "__spec__", None) is None
+        return module not in ABOUT_RUNS
+    file = getattr(found, "__file__", None)
+    return not _library(file) if file else getattr(found, "__spec__", None) is None
 
 
-def _made_in(item: Any, module: types.ModuleType) -> bool:
-    """Whether a name of a module is its own: a function, a class or a constant, and no import."""
-    if isinstance(item, (type, types.FunctionType)):
-        return item.__module__ == module.__name__
-    return isinstance(item, (*SCALARS, tuple)) and item not in (module.__name__, module.__doc__)
+def _made_in(module: types.ModuleType) -> Iterator[tuple[str, Any]]:
+    """The functions, classes and constants that are a module's own, without its imports."""
+    for name, item in vars(module).items():
+        code = isinstance(item, (type, types.FunctionType)) and item.__module__ == module.__name__
+        if code or (isinstance(item, (*SCALARS, tuple)) and not name.startswith("__")):
+            yield name, item
 
 
 def _patched(cls: type) -> Iterator[tuple[str, Any]]:

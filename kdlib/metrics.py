@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
+from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from kdlib.data.sources import optional
@@ -46,32 +48,24 @@ def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 def f1(logits: Tensor, labels: Tensor) -> float:
     """F1 of class 1 (MRPC, QQP)."""
-    from sklearn.metrics import f1_score
-
     _check(logits, labels)
     return float(f1_score(labels, logits.argmax(-1), zero_division=0))
 
 
 def mcc(logits: Tensor, labels: Tensor) -> float:
     """Matthews correlation (CoLA)."""
-    from sklearn.metrics import matthews_corrcoef
-
     _check(logits, labels)
     return float(matthews_corrcoef(labels, logits.argmax(-1)))
 
 
 def pearson(predicted: Sequence[float] | Tensor, true: Sequence[float] | Tensor) -> float:
     """Pearson correlation of two sequences [N]."""
-    from scipy.stats import pearsonr
-
-    return float(pearsonr(*_two_rows(predicted, true)).statistic)
+    return float(stats.pearsonr(*_two_rows(predicted, true)).statistic)
 
 
 def spearman(predicted: Sequence[float] | Tensor, true: Sequence[float] | Tensor) -> float:
     """Spearman rank correlation of two sequences [N]."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(*_two_rows(predicted, true)).statistic)
+    return float(stats.spearmanr(*_two_rows(predicted, true)).statistic)
 
 
 @dataclass(frozen=True)
@@ -97,11 +91,7 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     if not len(x):
         raise ValueError("no values to take a mean of; did every run of this arm fail?")
     mean = float(x.mean())
-    if len(x) == 1:
-        return Interval(mean, -float("inf"), float("inf"), 1)
-    from scipy.stats import t
-
-    half = float(t.ppf((1 + level) / 2, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)))
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1) * stats.sem(x)) if len(x) > 1 else float("inf")
     return Interval(mean, mean - half, mean + half, len(x))
 
 
@@ -118,8 +108,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
 def bootstrap_interval(values: Sequence[float], *, seed: int = 0, level: float = 0.95, draws: int = 10_000) -> Interval:
     """Percentile bootstrap interval of the mean."""
     x = np.asarray(values, dtype=float)
-    if not len(x):
-        raise ValueError("no values to take a mean of; did every run of this arm fail?")
     means = np.random.default_rng(seed).choice(x, (draws, len(x))).mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(x.mean()), float(low), float(high), len(x))
@@ -132,36 +120,42 @@ def predict(model: nn.Module, data: Any, batch_size: int = 512) -> Tensor:
     A model is called with ``batch["x"]`` if there is one, else with the batch's ``input_ids`` and
     ``attention_mask``; every submodule's mode is restored.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model):
-        rows = [_forward(model, batch, device).float().cpu() for batch in data.view_batches(0, batch_size)]
-    return torch.cat(rows)
+        return torch.cat([forward(model, batch).float().cpu() for batch in data.view_batches(0, batch_size)])
 
 
-def _forward(model: nn.Module, batch: dict[str, Any], device: torch.device) -> Tensor:
-    if "x" in batch:
-        out = model(batch["x"].to(device))
-    else:
-        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
-        out = model(**{name: batch[name].to(device) for name in names})
+def given(batch: dict[str, Any]) -> Any:
+    """What a model is called with, unless told: pixels, or tokens by name."""
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return (batch["x"],) if "x" in batch else {name: batch[name] for name in names if name in batch}
+
+
+def forward(model: nn.Module, batch: dict[str, Any], inputs: Callable[[dict], Any] = given) -> Any:
+    """What ``model`` answers to a batch: its ``logits`` if it has some. ``inputs`` gives a tuple or a dict (keywords)."""
+    arguments, first = inputs(batch), next(model.parameters(), None)
+    named = arguments if isinstance(arguments, dict) else dict(enumerate(arguments))
+    placed = {name: _placed(value, first) for name, value in named.items()}
+    out = model(**placed) if named is arguments else model(*placed.values())
     return getattr(out, "logits", out)
+
+
+def _placed(value: Any, like: Tensor | None) -> Any:
+    """On the model's device; numbers that are not whole in its precision."""
+    if not isinstance(value, Tensor) or like is None:
+        return value
+    return value.to(like.device, like.dtype if value.is_floating_point() and like.is_floating_point() else value.dtype)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
     """Shapes that would broadcast, and one column, whose largest entry is always the first, give a wrong number."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.shape[1] < 2:
-        raise ValueError(
-            f"the logits have shape {list(logits.shape)} and the labels {list(labels.shape)}; they must be [N, C], "
-            "C of 2 or more, and [N]"
-        )
+        raise ValueError(f"logits {list(logits.shape)}, labels {list(labels.shape)}; must be [N, C], C > 1, and [N]")
 
 
 def _two_rows(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a), np.asarray(b)
     if a.ndim != 1 or a.shape != b.shape:
-        raise ValueError(
-            f"the values have shapes {a.shape} and {b.shape}; both must be [N] (squeeze(-1) makes it of [N, 1])"
-        )
+        raise ValueError(f"the shapes are {a.shape} and {b.shape}; both must be [N] (of [N, 1]: squeeze(-1))")
     return a, b
 
 
@@ -179,9 +173,8 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
         ValueError: not as many hypotheses as references.
     """
     _same_length(hypotheses, references)
-    return float(
-        optional("sacrebleu").BLEU(lowercase=lowercase).corpus_score(list(hypotheses), [list(references)]).score
-    )
+    scorer = optional("sacrebleu").BLEU(lowercase=lowercase)
+    return float(scorer.corpus_score(list(hypotheses), [list(references)]).score)
 
 
 def bleu_signature(lowercase: bool = False) -> str:
@@ -203,11 +196,9 @@ def rouge(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, flo
     As published, its words are made of a-z and digits; any other letter parts them.
 
     Raises:
-        ValueError: not as many hypotheses as references, none, or references in another script.
+        ValueError: not as many hypotheses as references, or references in another script.
     """
     _same_length(hypotheses, references)
-    if not len(references):
-        raise ValueError("no texts to score")
     letters = [letter for text in references for letter in text if letter.isalpha()]
     if sum(not letter.isascii() for letter in letters) * 2 > len(letters):
         raise ValueError("most letters of the references are not Latin, which ROUGE does not see; kd.metrics.chrf does")

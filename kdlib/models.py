@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from kdlib import scale
 from kdlib.data import sources
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 # Encoders that a rehearsal can build without the hub: kind, layers, width, heads, vocabulary.
 ENCODERS = {
@@ -166,7 +163,7 @@ def pretrained(name: str, *, auto: str = "AutoModelForSequenceClassification", *
         transformers.logging.set_verbosity(verbosity)
 
 
-def tokenizer(name: str, **settings: Any) -> PreTrainedTokenizerBase:
+def tokenizer(name: str, **settings: Any) -> Any:
     """The tokenizer of :func:`pretrained`; in a rehearsal without it, a small one trained on the embedded texts."""
     try:
         return _from_pretrained("AutoTokenizer", name, settings)
@@ -189,7 +186,7 @@ def _from_pretrained(auto: str, name: str, settings: dict[str, Any]) -> Any:
         raise sources.missing(f"the pretrained {name}", f"models/{name}", remedy) from error
 
 
-def _config(name: str, settings: dict[str, Any]) -> PretrainedConfig:
+def _config(name: str, settings: dict[str, Any]) -> Any:
     known = ENCODERS.get(name.rsplit("/", 1)[-1])
     if known is None:
         return _from_pretrained("AutoConfig", name, settings)

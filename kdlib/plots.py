@@ -9,32 +9,22 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas
 from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from kdlib import files
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 # Okabe & Ito (2008); yellow is left out, it cannot be read on white
-BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#222222",
-)
-GREY = "#6B6F74"  # dark enough to stay apart from pink for deuteranopes
-COLOURS = [BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, BLACK, GREY]
+# The last one, grey, is dark enough to stay apart from pink for deuteranopes.
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#222222", "#6B6F74"]
+BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, BLACK, GREY = COLOURS
 DPI = 110
 
 plt.rcParams.update({
@@ -71,9 +61,8 @@ def show(fig: Figure, *, alt: str, name: str, data: Any = None) -> None:
     if data is not None:
         pandas.DataFrame(data).to_csv(folder / f"{name}.csv")
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
-        shell.display_pub.publish(
-            {"image/png": base64.b64encode(png).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
-        )
+        shown = {"image/png": base64.b64encode(png).decode(), "text/plain": alt}
+        shell.display_pub.publish(shown, {"image/png": {"alt": alt}})
 
 
 def _png(fig: Figure, alt: str) -> bytes:
@@ -93,13 +82,8 @@ def curves(frame: pandas.DataFrame, x: str, y: str, *, by: str = "arm", ax: Axes
     ax = ax or plt.subplots(figsize=(6.6, 3.8))[1]
     for arm, rows in frame.groupby(by, sort=False):
         at = rows.groupby(x)[y].agg(["mean", "std"]).fillna({"std": 0})
-        ax.plot(
-            at.index,
-            at["mean"],
-            color=(hue := colour(arm)),
-            label=arm,
-            linestyle="-" if list(_given).index(arm) < len(COLOURS) else "--",
-        )
+        hue, style = colour(arm), "-" if list(_given).index(arm) < len(COLOURS) else "--"
+        ax.plot(at.index, at["mean"], style, color=hue, label=arm)
         ax.fill_between(at.index, at["mean"] - at["std"], at["mean"] + at["std"], color=hue, alpha=0.15, linewidth=0)
     ax.set(xlabel=x, ylabel=y.replace("_", " "))
     ax.legend()
@@ -107,13 +91,9 @@ def curves(frame: pandas.DataFrame, x: str, y: str, *, by: str = "arm", ax: Axes
 
 
 def forest(
-    table: pandas.DataFrame,
-    *,
-    xlabel: str,
-    ax: Axes | None = None,
-    rows: Sequence[Any] | None = None,
-    widest: float | None = None,
-) -> Figure:
+    table: pandas.DataFrame, *, xlabel: str,
+    ax: Axes | None = None, rows: Sequence[Any] | None = None, widest: float | None = None,
+) -> Figure:  # fmt: skip
     """Paired differences with their intervals, one line an arm (columns difference, low, high), and a line at zero.
 
     An interval that holds zero is grey with a hollow mark. ``rows`` names the rows to show, so that panels agree;

@@ -7,7 +7,6 @@ import copyreg
 import functools
 import os
 import random
-import re
 import shutil
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cloudpickle
 import joblib
@@ -33,11 +33,15 @@ from kdlib import files, scale
 from kdlib.fingerprint import fingerprint
 
 MODEL, ARRAYS, RECORD = "model.safetensors", "arrays.safetensors", "run.json"
-Shared = dict[str, Any] | Callable[[int], dict[str, Any]] | None
+Settings = dict[str, Any]
+Shared = Settings | Callable[[int], Settings] | None
 
 _Task = namedtuple("_Task", "folder arm seed settings")  # a run to make or to load
 _counted: dict[Path, tuple[float, bool]] = {}  # runs of this process by folder: seconds, and whether it made them
 
+_rehearsed = functools.cache(lambda: tempfile.TemporaryDirectory(prefix="kdlib-rehearsal-"))
+# What the process that started this one wrote; nothing that is stored is ever unpickled.
+_unpacked = functools.lru_cache(maxsize=1)(lambda path: cloudpickle.loads(path.read_bytes()))
 _one_at_a_time = threading.Lock()
 
 
@@ -66,7 +70,6 @@ class Run:
         arm, seed, settings: what it is a run of; settings as text where JSON has no word for them.
         metrics, history: what ``train`` returned; no metrics if it diverged.
         seconds: wall seconds of the start that finished it.
-        hardware: the machine that made it, as ``scale.hardware()`` names it.
         folder: where it lies.
         diverged: the message of the FloatingPointError in which training ended, or None.
         made: date and environment.
@@ -78,7 +81,6 @@ class Run:
     history: list[dict[str, Any]]
     settings: dict[str, Any]
     seconds: float
-    hardware: str
     folder: Path
     diverged: str | None
     made: dict[str, str] = field(default_factory=dict, repr=False)
@@ -89,11 +91,10 @@ class Runs(list[Run]):
 
     def get(self, arm: str, seed: int) -> Run:
         """The run of one arm and seed."""
-        for run in self:
-            if (run.arm, run.seed) == (arm, seed):
-                return run
-        there = sorted({(run.arm, run.seed) for run in self})
-        raise ValueError(f"there is no run of arm {arm!r} with seed {seed}; there are {there}")
+        there = {(run.arm, run.seed): run for run in reversed(self)}
+        if (arm, seed) not in there:
+            raise ValueError(f"there is no run of arm {arm!r} with seed {seed}; there are {sorted(there)}")
+        return there[arm, seed]
 
     def frame(self) -> pandas.DataFrame:
         """One row a run: arm, seed, seconds, diverged, metrics (NaN where it diverged)."""
@@ -106,8 +107,7 @@ class Runs(list[Run]):
 
     def arrays(self, arm: str, seed: int) -> dict[str, Tensor]:
         """The tensors that a run stored; none if it stored none."""
-        path = self.get(arm, seed).folder / ARRAYS
-        return files.read_tensors(path) if path.exists() else {}
+        return files.read_tensors(self.get(arm, seed).folder / ARRAYS)
 
     def model(self, arm: str, seed: int, into: nn.Module) -> nn.Module:
         """Load a run's weights into a module of the same make."""
@@ -119,15 +119,9 @@ class Runs(list[Run]):
 
 
 def run_grid(
-    name: str,
-    train: Callable[..., Outcome],
-    arms: dict[str, dict[str, Any]],
-    seeds: Sequence[int],
-    *,
-    shared: Shared = None,
-    jobs: int | None = None,
-    progress: bool = True,
-) -> Runs:
+    name: str, train: Callable[..., Outcome], arms: dict[str, Settings], seeds: Sequence[int],
+    *, shared: Shared = None, jobs: int | None = None, progress: bool = True,
+) -> Runs:  # fmt: skip
     """Make, or load, the run of every arm and seed.
 
     A run is ``train(seed=seed, folder=folder, **shared, **arm)`` with all generators seeded. It is stored under the
@@ -161,20 +155,23 @@ def run_grid(
     for arm, settings in arms.items():
         if taken := {"seed", "folder", *given[seeds[0]]} & set(settings):
             raise ValueError(f"arm {arm!r} sets {sorted(taken)}, which the grid gives to train itself; rename them")
-    store = Path(_rehearsed().name) if scale.rehearsing() else files.home() / "runs"
-    tasks = _tasks(store / _slug(name), train, arms, given)
+    store = (Path(_rehearsed().name) if scale.rehearsing() else files.home() / "runs") / files.slug(name)
+    key = functools.partial(fingerprint, train, scale.device().type, scale.precision(), memo={})  # anew at each call
+    tasks = [
+        _Task(store / f"{files.slug(arm)}-s{seed}-{key(given[seed], seed, settings)[:12]}", arm, seed, settings)
+        for arm, settings in arms.items()
+        for seed in given
+    ]
     found = {task.folder: _load(task) for task in tasks}
     todo = [task for task in tasks if not found[task.folder]]
     ends = _made(todo, train, given, 1 if scale.rehearsing() else jobs or scale.jobs())
     ends = tqdm(ends, total=len(todo), desc=name, unit="run", disable=not (todo and progress))
-    failures = [f"arm {task.arm!r}, seed {task.seed}: {error}" for task, error in ends if error]
-    if failures:
+    if failures := [f"arm {task.arm!r}, seed {task.seed}: {error}" for task, error in ends if error]:
         told = f"{len(failures)} of {len(tasks)} runs failed; mend the cause and call again: the others are stored"
         raise RuntimeError("\n".join([told, *failures]))
     runs = Runs(found[task.folder] or _load(task) for task in tasks)
     for run in runs:
-        made = not found[run.folder] or _counted.get(run.folder, (0.0, False))[1]
-        _counted[run.folder] = (run.seconds, made)
+        _counted[run.folder] = (run.seconds, not found[run.folder] or _counted.get(run.folder, (0, False))[1])
     return runs
 
 
@@ -189,15 +186,9 @@ def counted() -> tuple[int, int]:
 
 
 def tune(
-    name: str,
-    train: Callable[..., Outcome],
-    families: dict[str, list[dict[str, Any]]],
-    seeds: Sequence[int],
-    *,
-    metric: str = "validation",
-    widen: dict[str, int] | None = None,
-    **options: Any,
-) -> tuple[dict[str, dict[str, Any]], pandas.DataFrame]:
+    name: str, train: Callable[..., Outcome], families: dict[str, list[Settings]], seeds: Sequence[int],
+    *, metric: str = "validation", widen: dict[str, int] | None = None, **options: Any,
+) -> tuple[dict[str, Settings], pandas.DataFrame]:  # fmt: skip
     """The best settings of each family by its runs' mean ``metric``: a grid search in which all are treated alike.
 
     Args:
@@ -220,72 +211,43 @@ def tune(
     if empty := [family for family, candidates in families.items() if not candidates]:
         raise ValueError(f"family {empty[0]!r} has no candidates; give it at least one dict of settings")
     chosen = {family: candidates[0] for family, candidates in families.items()}
-    todo = [(family, settings) for family, given in families.items() if len(given) > 1 for settings in given]
-    tried: dict[str, list[tuple[dict, float]]] = {family: [] for family, _ in todo}
-    left = dict(widen or {})
+    tried: dict[str, list[tuple[Settings, float]]] = {f: [] for f, candidates in families.items() if candidates[1:]}
+    todo, turn = [(family, settings) for family in tried for settings in families[family]], 0
     while todo:
         arms = {f"{family} @ {fingerprint(settings)[:8]}": (family, settings) for family, settings in todo}
         runs = run_grid(name, train, {arm: settings for arm, (_, settings) in arms.items()}, seeds, **options)
         for arm, (family, settings) in arms.items():
             scores = [run.metrics.get(metric, np.nan) for run in runs if run.arm == arm]
             tried[family].append((settings, float(np.mean(scores))))
+        keys, turn = [key for key, times in (widen or {}).items() if times > turn], turn + 1
+        todo = []
         for family, scored in tried.items():
             if np.isnan([score for _, score in scored]).all() and not scale.rehearsing():
                 raise ValueError(f"no candidate of family {family!r} ran through; try smaller learning rates")
             chosen[family] = max(scored, key=lambda found: np.nan_to_num(found[1], nan=-np.inf))[0]
-        todo = [(family, more) for family in tried for more in _outside(chosen[family], tried[family], left)]
-        left = {key: times - 1 for key, times in left.items()}
-    found = [(family, settings, score) for family, scored in tried.items() for settings, score in scored]
-    table = pandas.DataFrame(
-        [{"family": family, **_words(settings), metric: score} for family, settings, score in found]
-    )
-    return chosen, table if found else pandas.DataFrame(columns=["family", metric])
+            todo += [(family, more) for more in _outside(chosen[family], [settings for settings, _ in scored], keys)]
+    rows = [{"family": name, **_words(given), metric: score} for name in tried for given, score in tried[name]]
+    return chosen, pandas.DataFrame(rows, columns=None if rows else ["family", metric])
 
 
-def _outside(best: dict[str, Any], tried: list[tuple[dict, float]], left: dict[str, int]) -> list[dict[str, Any]]:
+def _outside(best: Settings, tried: list[Settings], keys: list[str]) -> Iterator[Settings]:
     """``best`` with the next value outside, for each number whose best value is at an edge of those tried."""
-    found = []
-    for key in (key for key, times in left.items() if times > 0):
-        values = {settings[key] for settings, _ in tried}
+    for key in keys:
+        values = {settings[key] for settings in tried}
         for edge, factor in ((min(values), 1 / 3), (max(values), 3)):
             if best[key] == edge and len(values) > 1:
-                found.append({**best, key: float(f"{edge * factor:.2g}")})
-    return found
-
-
-def _tasks(folder: Path, train: Callable, arms: dict[str, dict], given: dict[int, dict]) -> list[_Task]:
-    """Every run with the folder that is named after its fingerprint, taken anew at each call."""
-    memo: dict[int, Any] = {}
-    code = fingerprint(train, scale.device().type, scale.precision(), memo=memo)
-    common = {seed: fingerprint(code, shared, seed, memo=memo) for seed, shared in given.items()}
-    own = {arm: fingerprint(settings, memo=memo) for arm, settings in arms.items()}
-    return [
-        _Task(folder / f"{_slug(arm)}-s{seed}-{fingerprint(common[seed], own[arm])[:12]}", arm, seed, settings)
-        for arm, settings in arms.items()
-        for seed in given
-    ]
-
-
-@functools.cache
-def _rehearsed() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="kdlib-rehearsal-")
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "x"
+                yield {**best, key: float(f"{edge * factor:.2g}")}
 
 
 def _load(task: _Task) -> Run | None:
     """The stored run, if it is whole."""
     try:
-        record = files.read_json(task.folder / RECORD)
-        return Run(**{**record, "arm": task.arm, "folder": task.folder})
+        return Run(**{**files.read_json(task.folder / RECORD), "arm": task.arm, "folder": task.folder})
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         print(f"arm {task.arm!r}, seed {task.seed} is damaged in the store and made again: {error}")
         (task.folder / RECORD).unlink()
-        return None
 
 
 # --- making runs, here and elsewhere ---
@@ -304,47 +266,33 @@ def _made(todo: list[_Task], train: Callable, given: dict[int, dict], jobs: int)
         copyreg.pickle(type(getattr(torch, name)), lambda _, name=name: (getattr, (torch, name)))
     env = {key: value for key, value in os.environ.items() if key.startswith("KDLIB_")}
     env |= {"KDLIB_HOME": str(files.home()), "KDLIB_SCALE": scale.scale(), "KDLIB_WORKER": "1"}
-    store, by_folder = todo[0].folder.parent, {task.folder: task for task in todo}
+    store = todo[0].folder.parent
     store.mkdir(parents=True, exist_ok=True)
     config = joblib.parallel_config("loky", inner_max_num_threads=1) if local else contextlib.nullcontext()
     with config, tempfile.TemporaryDirectory(dir=store, prefix=".given.") as place:
         path = Path(place) / "given"  # once, and not with every run; in the store, which other machines see as well
-        path.write_bytes(cloudpickle.dumps((train, by_folder, given)))
+        path.write_bytes(cloudpickle.dumps((train, todo, given)))
         order = "generator_unordered" if backend.supports_return_generator or local else "list"
-        calls = (joblib.delayed(_make_elsewhere)(folder, path, env) for folder in by_folder)
+        calls = (joblib.delayed(_make_elsewhere)(index, path, env) for index in range(len(todo)))
         try:
-            for folder, error in joblib.Parallel(jobs, return_as=order, batch_size=1)(calls):
-                yield by_folder[folder], error
+            for index, error in joblib.Parallel(jobs, return_as=order, batch_size=1)(calls):
+                yield todo[index], error
         except TerminatedWorkerError as error:
-            raise RuntimeError(
-                "the process of a run was killed (out of memory? jobs=1 and smaller batches need less). "
-                "Call again: what is stored is kept, and runs go on from their checkpoints"
-            ) from error
+            told = "the process of a run was killed (out of memory? try jobs=1). Call again: runs go on where they were"
+            raise RuntimeError(told) from error
 
 
-def _make_elsewhere(folder: Path, path: Path, env: dict[str, str]) -> tuple[Path, str]:
+def _make_elsewhere(index: int, path: Path, env: dict[str, str]) -> tuple[int, str]:
     """Make a run in a worker, which may be a thread of a cluster's: generators and environment are for one at a time.
 
     What comes back is plain: a worker may be unable to pickle the settings that it was given.
     """
     with _one_at_a_time:
-        before = {name: value for name, value in os.environ.items() if name in env}
-        os.environ.update(env)
-        try:
-            _take_gpu()
+        _take_gpu()
+        with mock.patch.dict(os.environ, env):
             torch.set_num_threads(1)
             train, tasks, given = _unpacked(path)
-            return folder, _make(tasks[folder], train, given[tasks[folder].seed])
-        finally:
-            for name in env:
-                del os.environ[name]
-            os.environ.update(before)
-
-
-@functools.lru_cache(maxsize=1)
-def _unpacked(path: Path) -> tuple[Callable, dict[Path, _Task], dict[int, dict[str, Any]]]:
-    """What the process that started this one wrote; nothing that is stored is ever unpickled."""
-    return cloudpickle.loads(path.read_bytes())
+            return index, _make(tasks[index], train, given[tasks[index].seed])
 
 
 @functools.cache
@@ -379,14 +327,12 @@ def _make(task: _Task, train: Callable, shared: dict[str, Any]) -> str:
             return traceback.format_exc()
         if outcome.model is not None:
             files.write_tensors(task.folder / MODEL, outcome.model.state_dict())
-        if outcome.arrays:
-            files.write_tensors(task.folder / ARRAYS, outcome.arrays)
-        record = {
+        files.write_tensors(task.folder / ARRAYS, outcome.arrays)
+        files.write_json(task.folder / RECORD, {
             "seed": task.seed, "metrics": metrics, "history": _words(outcome.history), "settings": _words(task.settings),
-            "diverged": diverged, "hardware": scale.hardware(), "seconds": time.perf_counter() - began,
+            "diverged": diverged, "seconds": time.perf_counter() - began,
             "made": {"arm": task.arm, "date": time.strftime("%Y-%m-%d"), **scale.environment()},
-        }  # fmt: skip
-        files.write_json(task.folder / RECORD, record)
+        })  # fmt: skip
         shutil.rmtree(work, ignore_errors=True)
     return ""
 
@@ -394,16 +340,14 @@ def _make(task: _Task, train: Callable, shared: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _alone(seed: int) -> Iterator[None]:
     """Seed all generators for a run and give the caller's back; grids within a run count within it."""
-    python, array, before = random.getstate(), np.random.get_state(), dict(_counted)
+    python, array = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), mock.patch.dict(_counted):
             scale.seed_everything(seed)
             yield
     finally:
         random.setstate(python)
         np.random.set_state(array)
-        _counted.clear()
-        _counted.update(before)
 
 
 def _words(value: Any) -> Any:
@@ -418,4 +362,4 @@ def _words(value: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     plain = value is None or isinstance(value, (bool, int, float, str))
-    return value if plain else getattr(value, "__qualname__", None) or type(value).__name__
+    return value if plain else getattr(value, "__qualname__", type(value).__name__)

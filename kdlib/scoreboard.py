@@ -20,6 +20,7 @@ from kdlib.runs import Runs, counted, spent
 
 CLONE = Path(__file__).resolve().parents[1] / "results"  # of the course, where kdlib lies in its clone
 NOTHING = Interval(math.nan, math.nan, math.nan, 0)
+Pair = tuple[str, str]  # of arms
 Table = Runs | pandas.DataFrame  # a grid's runs, or a row a run with columns arm, seed and metrics
 
 
@@ -42,9 +43,7 @@ def compare(runs: Table, metric: str, *, baseline: str | None = None, unit: floa
     return pandas.DataFrame(rows).set_index("arm")
 
 
-def duels(
-    runs: Table, pairs: Sequence[tuple[str, str]], metric: str = "test", *, unit: float = 100.0
-) -> pandas.DataFrame:
+def duels(runs: Table, pairs: Sequence[Pair], metric: str = "test", *, unit: float = 100.0) -> pandas.DataFrame:
     """One row a pair of arms: the paired difference first − second, times ``unit``, and what may be said of it.
 
     Columns: difference, low and high (95 % t-interval), n, ``verdict`` ("above", "below", "not separated"), p (paired
@@ -55,15 +54,8 @@ def duels(
         values = (wide[first] - wide[second]).dropna()
         found = _interval(values)
         verdict = "above" if found.low > 0 else "below" if found.high < 0 else "not separated"
-        p = (
-            stats.ttest_1samp(values, 0).pvalue
-            if values.std() > 0
-            else float(not values.any())
-            if len(values) > 1
-            else 1
-        )
-        row = {"difference": found.mean, "low": found.low, "high": found.high, "n": found.n, "verdict": verdict, "p": p}
-        rows.append({"comparison": f"{first} − {second}", **row})
+        p = stats.ttest_1samp(values, 0).pvalue if values.std() > 0 else float(len(values) < 2 or not values.any())
+        rows.append((f"{first} − {second}", found.mean, found.low, found.high, found.n, verdict, p))
     columns = ["comparison", "difference", "low", "high", "n", "verdict", "p"]
     table = pandas.DataFrame(rows, columns=columns).set_index("comparison")
     return table.assign(holm=holm(table["p"]))
@@ -81,8 +73,8 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def change_of_lead(
-    runs: Table, pair: tuple[str, str], other: Table, other_pair: tuple[str, str], metric: str, *, unit: float = 100.0
-) -> dict[str, Any]:
+    runs: Table, pair: Pair, other: Table, other_pair: Pair, metric: str, *, unit: float = 100.0
+) -> dict[str, float]:
     """How much larger the difference of ``pair`` is in ``runs`` than that of ``other_pair`` in ``other``, by seed.
 
     Two verdicts that differ are no verdict on their difference; this is its 95 % t-interval.
@@ -172,8 +164,7 @@ def _resident() -> float:
 def committed(notebook: str) -> list[dict[str, Any]]:
     """The results files that came with the course for ``notebook``, the largest scale first, newest of each."""
     found = [files.read_json(path) for path in CLONE.glob(f"{notebook}.*.json")]
-    found.sort(key=lambda result: result.get("date", ""), reverse=True)
-    return sorted(found, key=lambda result: -scale.SCALES.index(result["scale"]))
+    return sorted(found, key=lambda r: (scale.SCALES.index(r["scale"]), r.get("date", "")), reverse=True)
 
 
 def published(notebook: str, table: str, metric: str, *, baseline: str | None = None) -> pandas.DataFrame:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -20,12 +19,6 @@ from kdlib.fingerprint import fingerprint
 
 PACK, CARD = "pack.safetensors", "card.json"
 REMEDY = "pass the data set itself, not its batches, and name the views: cache_teacher(teacher, data, views=(0, 1))"
-
-
-def _given(batch: dict[str, Any]) -> Any:
-    """What a model is called with, unless told: pixels, or tokens by name."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return (batch["x"],) if "x" in batch else {name: batch[name] for name in names if name in batch}
 
 
 class Teacher:
@@ -42,18 +35,11 @@ class Teacher:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        name: str,
-        inputs: Callable[[dict], Any] = _given,
-        classes: Sequence[str] | None = None,
-    ) -> None:
+        self, model: nn.Module, *, name: str,
+        inputs: Callable[[dict], Any] = metrics.given, classes: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"teacher {name!r} is a {type(model).__name__}; wrap it as an nn.Module whose forward calls it, so "
-                "that what it holds can be frozen, placed and fingerprinted"
-            )
+            raise TypeError(f"teacher {name!r} is a {type(model).__name__}; wrap it as an nn.Module that calls it")
         self.model, self.name, self.inputs, self.classes = model, name, inputs, classes and tuple(classes)
         self._hidden = _hidden(model)
         for root in self._roots():
@@ -70,16 +56,10 @@ class Teacher:
         """
         if self._state() != self._mark:
             raise RuntimeError(self._objection())
-        arguments, first = self.inputs(batch), next(self.model.parameters(), None)
-        named = arguments if isinstance(arguments, dict) else dict(enumerate(arguments))
-        placed = {name: _placed(value, first) for name, value in named.items()}
-        out = self.model(**placed) if named is arguments else self.model(*placed.values())
-        logits = getattr(out, "logits", out)
+        logits = metrics.forward(self.model, batch, self.inputs)
         if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"teacher {self.name!r} answers a {type(out).__name__}; wrap its model so that forward returns a "
-                "tensor, or an object with .logits"
-            )
+            found = f"teacher {self.name!r} answers a {type(logits).__name__}"
+            raise TypeError(f"{found}; wrap its model so that forward returns a tensor, or an object with .logits")
         return logits.float()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -99,10 +79,7 @@ class Teacher:
 
     def _objection(self) -> str:
         if any(module.training for root in self._roots() for module in root.modules()):
-            return (
-                f"teacher {self.name!r} was put in training mode: dropout and batch-norm would change its answers. Do "
-                "not call .train() on its model; if it is part of a larger module, keep it out of there"
-            )
+            return f"teacher {self.name!r} was put in training mode: keep its model out of modules that are trained"
         return f"weights or buffers of teacher {self.name!r} were changed, or take gradients; wrap the new model anew"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,23 +114,13 @@ def _hidden(model: nn.Module) -> list[nn.Module | Tensor]:
     return found
 
 
-def _placed(value: Any, like: Tensor | None) -> Any:
-    """On the model's device; numbers that are not whole in its precision."""
-    if not isinstance(value, Tensor) or like is None:
-        return value
-    return value.to(like.device, like.dtype if value.is_floating_point() and like.is_floating_point() else value.dtype)
-
-
 class CachedTeacher:
     """A teacher's answers, found by ``batch["id"]`` and ``batch["view"]`` (0 where a batch has none)."""
 
     def __init__(self, ids: Tensor, logits: Tensor, card: dict[str, Any], folder: Path) -> None:
         self.ids, self.logits, self.card, self.folder = ids, logits, card, folder  # ids sorted, logits [V, N, C]
-        self.name, self.classes, self.fingerprint = (
-            card["teacher"],
-            card["classes"] and tuple(card["classes"]),
-            card["fingerprint"],
-        )
+        self.name, self.fingerprint = card["teacher"], card["fingerprint"]
+        self.classes = card["classes"] and tuple(card["classes"])
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """Logits [B, C], fp32, on the device of ``batch["id"]``.
@@ -172,11 +139,10 @@ class CachedTeacher:
             return answer.masked_fill(~known[:, None], torch.nan)
         if not known.all():
             stranger = int((~known).int().argmax())
-            raise ValueError(
-                f"teacher {self.name!r} was never asked about id {int(ids[stranger])} in view {int(views[stranger])}: "
-                f"its pack is of {self.card['data']!r}, views {self.card['views']}. Cache it for the data you train on, "
-                "with the views that the augmentation makes (views=(0, 1) for flip=True)"
-            )
+            asked = f"was never asked about id {int(ids[stranger])} in view {int(views[stranger])}"
+            pack = f"its pack is of {self.card['data']!r}, views {self.card['views']}"
+            remedy = "cache what you train on, with its views (flip=True: views=(0, 1))"
+            raise ValueError(f"teacher {self.name!r} {asked}: {pack}; {remedy}")
         return answer
 
     @classmethod
@@ -192,14 +158,10 @@ class CachedTeacher:
             raise FileNotFoundError(f"{folder} is no pack of teacher's answers: it needs {CARD} and {PACK}")
         card = files.read_json(folder / CARD)
         if not isinstance(card, dict) or files.sha256(folder / PACK) != card.get("sha256"):
-            raise ValueError(
-                f"{folder / PACK} is not the file that its card describes (checksum differs); copy it again"
-            )
+            raise ValueError(f"{folder / PACK} is not what its card describes (checksum differs); copy it again")
         if data.fingerprint != card["about"]:
-            raise ValueError(
-                f"{folder} holds answers about {card['data']!r}, and not about these {len(data.ids)} examples; give "
-                "the set that it was made for, and take your part of it afterwards, so that ids stay"
-            )
+            found = f"{folder} holds answers about {card['data']!r}, and not about these {len(data.ids)} examples"
+            raise ValueError(f"{found}; give the set that it was made for, and take your part of it afterwards")
         tensors = files.read_tensors(folder / PACK)
         return cls(tensors["ids"], tensors["logits"], card, folder)
 
@@ -218,11 +180,10 @@ def cache_teacher(teacher: Teacher, data: Any, *, views: Sequence[int] = (0,)) -
         ValueError: ``data`` cannot be asked about again, or an answer is NaN or infinite.
     """
     if not hasattr(data, "view_batches") or len(data.ids.unique()) < len(data.ids):
-        raise ValueError(
-            f"answers about a {type(data).__name__} cannot be kept: {REMEDY}, each example with an id of its own"
-        )
+        found = f"answers about a {type(data).__name__} cannot be kept"
+        raise ValueError(f"{found}: {REMEDY}, each example with an id of its own")
     key = fingerprint(teacher.fingerprint, data.fingerprint, list(views), scale.precision())
-    folder = files.home() / "teachers" / f"{re.sub('[^a-z0-9]+', '-', teacher.name.lower())[:60]}-{key[:12]}"
+    folder = files.home() / "teachers" / f"{files.slug(teacher.name)}-{key[:12]}"
     with files.lock(folder):
         if (folder / CARD).exists():
             try:

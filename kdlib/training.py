@@ -6,16 +6,15 @@ that is killed goes on from its checkpoint to the very same student.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import importlib
 import math
 import os
 import random
 import shutil
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ from kdlib.models import evaluating
 
 CHECKPOINT = "checkpoint.pt"
 CHECKPOINT_SECONDS = 20  # without checkpoint_every, checkpoints are at least this far apart
-PROGRESS = ("history", "best", "steps", "seconds", "done", "best_weights", "sums")  # of a Fit, what a checkpoint holds
+PROGRESS = ("history", "best", "steps", "seconds", "best_weights", "sums")  # of a Fit, what a checkpoint holds
 
 Batch = dict[str, Any]
+Loss = Callable[[nn.Module, Batch], Tensor | tuple[Tensor, dict[str, Any]]]
 Schedule = Callable[[float], float]  # progress in [0, 1) -> factor on the initial learning rate
 
 
@@ -81,31 +81,20 @@ class Fit:
     steps: int = 0
     seconds: float = 0.0
     resumed: bool = False
-    done: bool = field(default=False, repr=False)
     best_weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     sums: dict[str, tuple] = field(default_factory=dict, repr=False)  # of this epoch's logs, on the device: sum, weight
 
 
 def fit(
-    model: nn.Module,
-    loss_fn: Callable[[nn.Module, Batch], Tensor | tuple[Tensor, dict[str, Any]]],
-    batches: Any,
-    *,
-    epochs: int,
+    model: nn.Module, loss_fn: Loss, batches: Any, *, epochs: int,
     optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer],
     schedule: Schedule = constant(),  # noqa: B008  stateless
     evaluate: Callable[[nn.Module], dict[str, float] | float] | None = None,
-    eval_every: int = 1,
-    monitor: str | None = None,
-    keep: str = "best",
-    clip: float | None = None,
-    accumulate: int = 1,
-    units: Callable[[Batch], Any] = n_rows,
-    folder: str | Path | None = None,
-    checkpoint_every: int | None = None,
-    progress: bool | None = None,
-    seed: int = 0,
-) -> Fit:
+    eval_every: int = 1, monitor: str | None = None, keep: str = "best",
+    clip: float | None = None, accumulate: int = 1, units: Callable[[Batch], Any] = n_rows,
+    folder: str | Path | None = None, checkpoint_every: int | None = None,
+    progress: bool | None = None, seed: int = 0,
+) -> Fit:  # fmt: skip
     """Train ``model`` in place and return it with its history.
 
     Args:
@@ -145,8 +134,7 @@ def fit(
         raise ValueError(f"monitor is {monitor!r}, but no evaluate computes it; give both or none")
     _import_whole("torch._dynamo")  # by the optimiser's first step
     model.to(scale.device()).train()
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = optimizer(model.parameters())
+    optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
     scale.seed_everything(seed)
     run = Fit(model)
     loop = _Loop(run, loss_fn, optimizer, schedule, len(batches), epochs, clip, accumulate, units)
@@ -155,21 +143,18 @@ def fit(
         _end_epoch(run, loop, epochs - 1, evaluate, monitor, keep)
         model.eval()
         return run
-    store = None
-    if folder is not None:
-        data = getattr(batches, "fingerprint", None)
-        setting = {
-            "epochs": epochs, "batches": (len(batches), data), "optimizer": (type(optimizer).__name__, loop.rates),
-            "monitor": (monitor, keep, eval_every), "clip": clip, "accumulate": accumulate, "seed": seed,
-            "precision": scale.precision(),
-        }  # fmt: skip
-        store = _Store(Path(folder) / CHECKPOINT, loop, setting, checkpoint_every)
-        store.take_up()
-    began = time.perf_counter() - run.seconds
+    data = folder and getattr(batches, "fingerprint", None)  # not read where nothing is stored
+    setting = {
+        "epochs": epochs, "batches": (len(batches), data), "clip": clip, "seed": seed,
+        "optimizer": (type(optimizer).__name__, loop.rates), "monitor": (monitor, keep, eval_every),
+        "accumulate": accumulate, "precision": scale.precision(),
+    }  # fmt: skip
+    store = None if folder is None else _Store(Path(folder) / CHECKPOINT, loop, setting, checkpoint_every)
+    began, done = time.perf_counter() - run.seconds, run.steps == loop.total
     quiet = os.environ.get("KDLIB_WORKER") == "1" if progress is None else not progress
     try:
-        with tqdm(total=loop.total, initial=run.steps, unit="step", leave=False, disable=quiet or run.done) as bar:
-            while not run.done:
+        with tqdm(total=loop.total, initial=run.steps, unit="step", leave=False, disable=quiet or done) as bar:
+            while not done:
                 epoch, start = divmod(run.steps, len(batches))
                 for batch in batches.epoch(epoch, start):
                     loop.step(batch)
@@ -179,11 +164,11 @@ def fit(
                         store.save()
                 evaluated = evaluate if (epoch + 1) % eval_every == 0 or epoch + 1 == epochs else None
                 _end_epoch(run, loop, epoch, evaluated, monitor, keep)
-                run.done, run.seconds = epoch + 1 == epochs, time.perf_counter() - began
-                if run.done and run.best_weights:
+                run.seconds, done = time.perf_counter() - began, run.steps == loop.total
+                if done and run.best_weights:
                     model.load_state_dict(run.best_weights)
                     run.best_weights = {}
-                if store and (run.done or store.due()):
+                if store and (done or store.due()):
                     store.save()
     finally:
         loop.set_rates(1.0)  # the optimiser may be used again, for another phase or after an interrupt
@@ -193,12 +178,8 @@ def fit(
 
 def _import_whole(name: str) -> None:
     """Import a heavy module at one go: an interrupt waits, or the half of it would stay until the kernel restarts."""
-    apart = threading.Thread(target=importlib.import_module, args=(name,))  # interrupts go to the main thread
-    apart.start()
-    try:
-        apart.join()
-    finally:
-        apart.join()
+    with ThreadPoolExecutor() as apart:  # interrupts go to the main thread, which waits for this one
+        apart.submit(importlib.import_module, name).result()
 
 
 class _Loop:
@@ -250,12 +231,8 @@ class _Loop:
             raise ValueError(f"loss_fn returned a {found}; it must return a scalar tensor, or (scalar tensor, logs)")
         self.scaler.scale(loss * share).backward()
         for name, value in (*logs.items(), ("loss", loss)):
-            total, weight = sums.get(name, (0.0, 0.0))
-            sums[name] = (total + _double(value * share), weight + _double(share))
-
-
-def _double(value: Any) -> Any:
-    return value.detach().double() if isinstance(value, Tensor) else value
+            parts = zip(sums.get(name, (0.0, 0.0)), (value * share, share), strict=True)
+            sums[name] = tuple(old + (new.detach().double() if isinstance(new, Tensor) else new) for old, new in parts)
 
 
 def _end_epoch(run: Fit, loop: _Loop, epoch: int, evaluate: Any, monitor: str | None, keep: str) -> None:
@@ -266,7 +243,7 @@ def _end_epoch(run: Fit, loop: _Loop, epoch: int, evaluate: Any, monitor: str | 
         advice = "lower the learning rate, set clip=1.0, or look for log(0) and for a batch whose labels are all -100"
         raise FloatingPointError(f"the loss became {loss} in epoch {epoch}; {advice}")
     row = {"epoch": epoch, "step": run.steps, "lr": loop.optimizer.param_groups[0]["lr"], "seconds": run.seconds}
-    metrics = {}
+    row["loss"], metrics = loss, {}
     if evaluate:
         with evaluating(run.model), torch.no_grad(), loop.autocast:
             found = evaluate(run.model)
@@ -274,7 +251,6 @@ def _end_epoch(run: Fit, loop: _Loop, epoch: int, evaluate: Any, monitor: str | 
         metrics = {name: float(value) for name, value in found.items()}
         if monitor and monitor not in metrics:
             raise ValueError(f"monitor is {monitor!r}, but evaluate returned {sorted(metrics)}")
-    row["loss"] = loss
     if clash := {*row} & {*means} | {*row, *means} & {*metrics}:
         raise ValueError(f"{sorted(clash)} is logged twice: by fit() itself, loss_fn or evaluate; give it another name")
     run.history.append({**row, **means, **metrics})
@@ -292,15 +268,15 @@ class _Store:
         self.path, self.run, self.setting, self.every = path, loop.run, setting, every
         self.parts = {"model": loop.run.model, "optimizer": loop.optimizer, "scaler": loop.scaler}
         self.saved = time.perf_counter()
+        self.take_up()
 
     def due(self) -> bool:
-        late = time.perf_counter() - self.saved > CHECKPOINT_SECONDS
-        return self.run.steps % self.every == 0 if self.every else late
+        return self.run.steps % self.every == 0 if self.every else time.perf_counter() - self.saved > CHECKPOINT_SECONDS
 
     def save(self) -> None:
         array = np.random.get_state()
         state = {
-            "setting": repr(self.setting),
+            "setting": self.setting,
             **{name: held.state_dict() for name, held in self.parts.items()},
             **{name: getattr(self.run, name) for name in PROGRESS},
             "python": random.getstate(),
@@ -321,19 +297,20 @@ class _Store:
             shutil.rmtree(stray, ignore_errors=True)
         if not self.path.exists():
             return
-        advice = "give this run another folder, or delete that file to start anew"
         try:
             state = torch.load(self.path, map_location=scale.device(), weights_only=True)
-            stored = ast.literal_eval(state["setting"])
+            differ = [name for name, value in self.setting.items() if state["setting"].get(name) != value]
         except Exception as error:  # whatever torch makes of bytes that are no checkpoint
             raise ValueError(f"{self.path} is damaged ({error}); delete it to start anew") from error
-        if differ := [name for name, value in self.setting.items() if stored.get(name) != value]:
+        if not differ:
+            try:
+                for name, held in self.parts.items():
+                    held.load_state_dict(state[name])
+            except (RuntimeError, ValueError, KeyError):
+                differ = ["model (names or shapes)"]
+        if differ:
+            advice = "give this run another folder, or delete that file to start anew"
             raise ValueError(f"{self.path} is of another run: {', '.join(differ)} differ; {advice}")
-        try:
-            for name, held in self.parts.items():
-                held.load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.path} is of another run: model (names or shapes) differ; {advice}") from error
         vars(self.run).update({name: state[name] for name in PROGRESS}, resumed=True)
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])

@@ -37,7 +37,6 @@ def report(model=None, student=None, data=None, names=CLASSES, classes=CLASSES):
 def test_a_good_match_has_nothing_to_say():
     found = report()
     assert found.ok, str(found)
-    found.raise_if_broken()
     assert "✗" not in str(found)
 
 
@@ -51,14 +50,12 @@ def test_a_good_match_has_nothing_to_say():
         (lambda: report(Oracle(scale=float("nan"))), "NaN or infinity"),
         (lambda: report(data={**batch(), "x": 255 * batch()["x"].abs()}), "divide by 255"),
         (lambda: report(nn.Sequential(nn.Flatten(), nn.Linear(48, 4))), "the teacher runs on a batch"),
-        (lambda: report(data={**batch(), "y": batch()["y"] + 3}), "label 6 does not exist"),
+        (lambda: report(data={**batch(), "y": batch()["y"] + 3}), "to 6"),
     ],
 )  # fmt: skip
 def test_each_mismatch_is_named(broken, said):
     found = broken()
     assert not found.ok and said in str(found), str(found)
-    with pytest.raises(ValueError, match="do not fit"):
-        found.raise_if_broken()
 
 
 def test_all_mismatches_are_named_at_once():
@@ -144,7 +141,7 @@ class Nothing(nn.Module):
         (lambda: report(Pair()), "answers a tuple"),
         (lambda: report(student=Nothing()), "the student answers a NoneType"),
         (lambda: report(nn.Bilinear(3, 3, 4)), "TypeError"),
-        (lambda: report(data={**batch(), "y": batch()["y"] - 100}), "label -100 does not exist"),
+        (lambda: report(data={**batch(), "y": batch()["y"] - 100}), "from -100"),
     ],
 )
 def test_whatever_a_stranger_raises_is_a_finding(broken, said):

@@ -409,7 +409,6 @@ HELD = {
     "a setting": dropped,
     "a sparse tensor": lambda seed: Holder(torch.eye(3).mul(seed + 1).to_sparse()),
     "a quantised tensor": lambda seed: Holder(torch.quantize_per_tensor(torch.ones(2) * (seed + 1), 0.1, 0, torch.qint8)),
-    "a traced model": lambda seed: torch.jit.trace(linear(seed), torch.zeros(1, 3)),
     "a recurrent model": lambda seed: torch.manual_seed(seed) and nn.GRU(2, 2),
 }  # fmt: skip
 

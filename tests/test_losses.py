@@ -45,7 +45,6 @@ def test_two_coins_by_hand():
     s, t = torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]])
     assert float(losses.kd_loss(s, t)) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     assert float(losses.reverse_kl_loss(s, t)) == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2))
-    assert float(losses.logit_mse_loss(s, t)) == pytest.approx(math.log(3) ** 2)
 
 
 def test_hinton_loss_is_the_mixture():
@@ -69,11 +68,6 @@ def test_examples_without_a_label_are_taught_by_the_teacher_alone():
     some[::2] = 1
     expected = 0.4 * soft + 0.6 * F.cross_entropy(s[::2], some[::2])
     assert torch.allclose(losses.hinton_loss(s, t, some, alpha=0.4, temperature=T), expected)
-
-
-def test_logit_mse_is_c_times_mse():
-    s, t = pair()
-    assert torch.allclose(losses.logit_mse_loss(s, t), C * F.mse_loss(s, t), rtol=1e-5)
 
 
 def test_jsd_tends_to_both_kls():
@@ -103,7 +97,6 @@ EVERY = {
     "kd_loss": losses.kd_loss,
     "hinton_loss": lambda s, t: losses.hinton_loss(s, t, torch.zeros(len(s)).long(), alpha=0.5, temperature=T),
     "token_kd_loss": lambda s, t: losses.token_kd_loss(s, t, torch.ones(s.shape[:-1])),
-    "logit_mse_loss": losses.logit_mse_loss,
     "reverse_kl_loss": losses.reverse_kl_loss,
     "generalized_jsd_loss": lambda s, t: losses.generalized_jsd_loss(s, t, beta=0.5),
 }
@@ -149,7 +142,7 @@ def test_labels_in_place_of_logits(name):
         EVERY[name](torch.zeros(4, 3), torch.zeros(4, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"logit_mse_loss"}))
+@every_loss
 def test_a_single_logit_is_refused(name):
     """A softmax over it is 1, whatever it says: loss and gradient would be 0."""
     s, t = torch.zeros(4, 1), torch.ones(4, 1)
@@ -157,11 +150,6 @@ def test_a_single_logit_is_refused(name):
         EVERY[name](s, t)
     two = lambda z: torch.cat([torch.zeros_like(z), z], -1)  # noqa: E731
     assert EVERY[name](two(s), two(t)) > 0.02, "the remedy"
-
-
-def test_a_single_logit_has_a_squared_distance():
-    """Scores are matched so."""
-    assert float(losses.logit_mse_loss(torch.zeros(4, 1), torch.full((4, 1), 3.0))) == 9
 
 
 @pytest.mark.parametrize(

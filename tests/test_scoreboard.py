@@ -13,7 +13,7 @@ from kdlib.runs import Outcome, Run, Runs
 
 def run(arm, seed, value, folder, diverged=False):
     metrics = {} if diverged else {"accuracy": value}
-    return Run(arm, seed, metrics, [], {}, 1.5, "cpu2", folder, diverged)
+    return Run(arm, seed, metrics, [], {}, 1.5, folder, diverged)
 
 
 @pytest.fixture
