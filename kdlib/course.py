@@ -75,7 +75,11 @@ def lesson(number: str) -> ModuleType:
     module = sys.modules[name] = ModuleType(name)
     module.__source__, file = source, f"<{name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    exec(compile(source, file, "exec"), module.__dict__)
+    head, _, method = source.partition("\n\n\n")
+    # As a notebook compiles its cells: imports apart (CPython calls by other bytecode what it sees imported), and
+    # without this file's "from __future__".
+    for part in (head, "\n" * (head.count("\n") + 3) + method):
+        exec(compile(part, file, "exec", dont_inherit=True), module.__dict__)
     cloudpickle.register_pickle_by_value(module)
     return module
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor, nn
@@ -21,29 +20,6 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     """Share of rows of ``logits`` [N, C] whose largest entry is the label [N]."""
     _check(logits, labels)
     return (logits.argmax(-1) == labels).double().mean().item()
-
-
-def agreement(a: Tensor, b: Tensor) -> float:
-    """Share of rows in which two models' logits [N, C] have the same largest entry."""
-    if a.shape != b.shape:
-        raise ValueError(f"the logits have shapes {list(a.shape)} and {list(b.shape)}; both must be [N, C]")
-    return accuracy(a, b.argmax(-1))
-
-
-def nll(logits: Tensor, labels: Tensor) -> float:
-    """Negative log-likelihood of the labels, in nats, mean over rows."""
-    _check(logits, labels)
-    return F.cross_entropy(logits.float(), labels).item()
-
-
-def ece(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al. 2017, equation 3): equal-width bins of confidence in (0, 1]."""
-    _check(logits, labels)
-    confidence, predicted = logits.double().softmax(-1).max(-1)
-    correct = (predicted == labels).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which, correct - confidence)
-    return gaps.abs().sum().item() / len(labels)
 
 
 def f1(logits: Tensor, labels: Tensor) -> float:
@@ -105,14 +81,6 @@ def paired_difference(a: Sequence[float], b: Sequence[float], level: float = 0.9
     return t_interval(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), level)
 
 
-def bootstrap_interval(values: Sequence[float], *, seed: int = 0, level: float = 0.95, draws: int = 10_000) -> Interval:
-    """Percentile bootstrap interval of the mean."""
-    x = np.asarray(values, dtype=float)
-    means = np.random.default_rng(seed).choice(x, (draws, len(x))).mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(x.mean()), float(low), float(high), len(x))
-
-
 @torch.no_grad()
 def predict(model: nn.Module, data: Any, batch_size: int = 512) -> Tensor:
     """Logits [N, C] on the CPU of all of ``data`` (something with ``view_batches``), in order, in evaluation mode.
@@ -167,7 +135,7 @@ def _same_length(a: Any, b: Any) -> None:
 def bleu(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: bool = False) -> float:
     """Corpus BLEU in 0-100 (sacrebleu: 13a tokens, exponential smoothing), one reference each.
 
-    ``lowercase`` ignores case on both sides. :func:`bleu_signature` names the settings for a report.
+    ``lowercase`` ignores case on both sides.
 
     Raises:
         ValueError: not as many hypotheses as references.
@@ -175,13 +143,6 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str], *, lowercase: boo
     _same_length(hypotheses, references)
     scorer = optional("sacrebleu").BLEU(lowercase=lowercase)
     return float(scorer.corpus_score(list(hypotheses), [list(references)]).score)
-
-
-def bleu_signature(lowercase: bool = False) -> str:
-    """sacrebleu's own name for the settings of :func:`bleu`, with its version (Post 2018): cite it beside a score."""
-    scorer = optional("sacrebleu").BLEU(lowercase=lowercase)
-    scorer.corpus_score(["a"], [["a"]])  # the signature counts the references that it has seen
-    return str(scorer.get_signature())
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:

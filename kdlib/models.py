@@ -106,15 +106,6 @@ def small_cnn(classes: int, channels: Sequence[int] = (16, 32, 64), in_channels:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, classes))
 
 
-def mlp(inputs: int, classes: int, hidden: Sequence[int] = (64,)) -> nn.Sequential:
-    """A multi-layer perceptron with ReLU: [B, ...] of ``inputs`` values a row -> logits [B, classes]."""
-    layers: list[nn.Module] = [nn.Flatten()]
-    for width in hidden:
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, classes))
-
-
 def parameters(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WHOLE = 3187  # on its way down to 2,650: a room may become smaller, and then its number here does too
+WHOLE = 2660  # it may reach 2,800 when chapters 04 to 06 are there; a room may become smaller, and then its number here does too
 BUDGETS = {
-    "__init__": 32, "__main__": 43, "course": 202, "scale": 88, "files": 66, "rehearsal": 63,
-    "fingerprint": 201, "losses": 108, "metrics": 121, "models": 126, "seq2seq": 201, "teacher": 185,
-    "training": 245, "runs": 278, "contract": 95, "scoreboard": 121, "plots": 106, "footprint": 38,
-    "data/__init__": 15, "data/sources": 109, "data/rows": 233, "data/images": 190, "data/text": 321,
+    "__init__": 32, "__main__": 43, "course": 193, "scale": 81, "files": 66, "rehearsal": 63,
+    "fingerprint": 183, "losses": 82, "metrics": 86, "models": 118, "seq2seq": 78, "teacher": 152,
+    "training": 224, "runs": 232, "contract": 82, "scoreboard": 112, "plots": 86, "data/__init__": 15,
+    "data/sources": 100, "data/rows": 202, "data/images": 160, "data/text": 269,
 }  # fmt: skip
 ORDER = (  # who stands further down may import who stands further up
     "scale", "files", "data.sources", "losses", "data.rows", "rehearsal", "data.images", "data.text", "data", "models",
-    "metrics", "fingerprint", "seq2seq", "training", "teacher", "contract", "runs", "scoreboard", "plots", "footprint",
+    "metrics", "fingerprint", "seq2seq", "training", "teacher", "contract", "runs", "scoreboard", "plots",
     "exercises", "course", "__main__",
 )  # fmt: skip
 MODULES = sorted((ROOT / "kdlib").rglob("*.py"))

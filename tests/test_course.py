@@ -128,6 +128,27 @@ def test_a_lesson_is_a_module_without_a_file(clone):
     assert kd.lesson("99").double(4) == 12, "an edited lesson is read again"
 
 
+def test_a_lesson_has_the_keys_of_its_notebook(clone, tmp_path, monkeypatch):
+    """What the notebook's cells define and what its study gets are one thing to the store, bytecode for bytecode."""
+    method = """from_cells = dict
+@dataclass
+class Task:
+    build: Callable[[], nn.Module]
+    size: int = 3
+
+def train(task):
+    again = [kd.fingerprint.fingerprint(x) for x in range(task.size)]
+    return kd.scale.device(), (lambda: kd.Outcome({})), again"""
+    setup = "from collections.abc import Callable\nfrom dataclasses import dataclass\nimport kdlib as kd\nfrom torch import nn"
+    write(clone / "notebooks" / "98_keys.ipynb", [setup, "setup"], [method, "method"])
+    space = vars(sys.modules["__main__"])
+    for cell in (setup, method):
+        exec(compile(cell, "<cell>", "exec", dont_inherit=True), space)
+    lesson = kd.lesson("98")
+    for name in ("Task", "train"):
+        assert kd.fingerprint.fingerprint(space.pop(name)) == kd.fingerprint.fingerprint(getattr(lesson, name)), name
+
+
 def test_a_console_that_cannot_write_greek_gets_it_all_the_same():
     """``export 02 > file.py`` is right under cp1252, and what is printed for people does not stop."""
     call = "from kdlib.__main__ import main; main(['doctor']); print('-----'); main(['export', '02'])"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib import footprint
+import kdlib as kd
 from kdlib.data import images
 
 
@@ -30,7 +30,7 @@ def digits():
 
 
 def test_counts_are_those_of_the_layers(digits):
-    found = footprint.measure(Slow(), digits, calls=5)
+    found = kd.lesson("00").footprint(Slow(), digits, calls=5)
     assert found["parameters"] == pytest.approx((2 + 650) / 1e6)
     assert found["megabytes"] == pytest.approx((4 * (2 + 650 + 2) + 8) / 1e6)  # buffers are stored as well
     assert found["latency_p95_ms"] >= found["latency_p50_ms"] >= 4
@@ -38,22 +38,16 @@ def test_counts_are_those_of_the_layers(digits):
 
 
 def test_half_precision_halves_the_bytes(digits):
-    whole = footprint.measure(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, calls=2)
+    whole = kd.lesson("00").footprint(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), digits, calls=2)
     half = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).half()
     half.register_forward_pre_hook(lambda module, inputs: (inputs[0].half(),))
-    assert footprint.measure(half, digits, calls=2)["megabytes"] == whole["megabytes"] / 2
+    assert kd.lesson("00").footprint(half, digits, calls=2)["megabytes"] == whole["megabytes"] / 2
 
 
 def test_it_is_measured_in_evaluation_mode_without_gradients_and_modes_are_kept(digits):
     model = Slow().train()
     model.norm.eval()
-    footprint.measure(model, digits, calls=2, batch_size=32)
+    kd.lesson("00").footprint(model, digits, calls=2, batch_size=32)
     assert {(training, grad) for _, training, grad in model.calls} == {(False, False)}
     assert {size for size, *_ in model.calls} == {1, 32}
     assert model.training and model.head.training and not model.norm.training
-
-
-def test_the_last_row_compares(digits):
-    small, large = (nn.Sequential(nn.Flatten(), nn.Linear(64, n), nn.Linear(n, 10)) for n in (8, 32))
-    table = footprint.compare({"teacher": (large, digits), "student": (small, digits)}, calls=2)
-    assert table.loc["student / teacher", "parameters"] == pytest.approx((65 * 8 + 90) / (65 * 32 + 330))

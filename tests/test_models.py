@@ -43,11 +43,6 @@ def test_small_cnn_takes_any_size(side, channels):
     assert kd.models.parameters(kd.models.small_cnn(10)) == 27 * 16 + 144 * 32 + 288 * 64 + 2 * (16 + 32 + 64) + 65 * 10
 
 
-def test_mlp():
-    model = kd.models.mlp(12, 3, hidden=(5, 4))
-    assert model(torch.randn(7, 3, 2, 2)).shape == (7, 3) and kd.models.parameters(model) == 13 * 5 + 6 * 4 + 5 * 3
-
-
 def test_published_weights_are_read_without_pickled_code(tmp_path, monkeypatch):
     model = kd.models.resnet(8, 10)
     wrapped = {"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}, "best_prec1": 91.7}

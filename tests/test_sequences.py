@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import make_toy_acts
 import make_toy_sequences
 import pytest
 import torch
@@ -118,7 +119,7 @@ def test_an_unknown_set_is_told():
 # --- the hub -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("name", [name for name, corpus in SEQUENCES.items() if corpus.hub])
 def test_the_hubs_columns(root, monkeypatch, name):
     """A real ``datasets`` object of the hub's columns, given for the hub's answer."""
     import datasets
@@ -414,3 +415,29 @@ def test_a_headline_tells_the_one_past_sentence():
         sentences = [s for s in row["source"].split(". ") if row["target"].split()[-1] in s.rstrip(".")]
         assert sentences, row
         assert not past - {"read", "found"} & set(row["target"].split())
+
+
+@pytest.mark.parametrize("domain", ["cinema", "trains", "weather"])
+def test_the_toy_acts_are_what_their_generator_writes(domain):
+    file = make_toy_acts.FOLDER / f"toy_{domain}.jsonl"
+    assert file.read_text(encoding="utf-8") == make_toy_acts.lines(domain) != make_toy_acts.lines(domain, seed=1)
+    data = kd.data.text(f"toy_{domain}")
+    kinds = [
+        {source.split("(")[0] + str(re.findall(r"(\w+)=", source)) for source in part.sources}
+        for part in (data.train, data.validation, data.test)
+    ]
+    assert [len(acts) for acts in kinds] == [50, 10, 15] and len(set.union(*kinds)) == 75
+
+
+@pytest.mark.parametrize("domain", ["restaurant", "hotel", "tv", "laptop"])
+def test_rnnlg_is_read_from_its_folder(domain, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"rnnlg_{domain}"):
+        kd.data.text(f"rnnlg_{domain}")
+    folder = tmp_path / "nlg" / "rnnlg" / domain
+    folder.mkdir(parents=True)
+    for part in ("train", "valid", "test"):
+        row = {"da": "inform(name='a b')", "ref": f"a b  is {part}", "baseline": "no"}
+        (folder / f"{part}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    data = kd.data.text(f"rnnlg_{domain}")
+    assert (data.train.sources, data.validation.targets) == (["inform(name='a b')"], ["a b is valid"])

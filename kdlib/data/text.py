@@ -258,6 +258,8 @@ CORPORA = {
                       hub=("bbaaaa/iwslt14-de-en", None, "refs/convert/parquet"), hub_columns=("translation.de", "translation.en")),
     "wmt16": Corpus("wmt16/{}", "train valid test", ("en", "de"), "bleu", 4_548_885, (23, 22), hub=("wmt/wmt16", "de-en"),
                     hub_columns=("translation.en", "translation.de")),
+    **{f"rnnlg_{name}": Corpus(f"nlg/rnnlg/{name}/{{}}.jsonl", "train valid test", ("da", "ref"), "bleu", rows, (12, 15))
+       for name, rows in (("restaurant", 3_114), ("hotel", 3_223), ("tv", 4_221), ("laptop", 7_944))},
     "aeslc": Corpus("summarisation/aeslc/{}.jsonl", _THREE, ("email", "subject"), "rouge1", 14_436, (117, 4), hub=("Yale-LILY/aeslc",),
                     hub_columns=("email_body", "subject_line")),
     "cnn_dm": Corpus("summarisation/cnn_dm/{}.jsonl", "train validation test", ("article", "highlights"), "rouge1", 287_113, (690, 50),
@@ -270,6 +272,7 @@ TOYS = {  # file, columns, metric
     "toy_domains": ("toy_requests", ("text", "domain"), "accuracy"),
     "toy_translation": ("toy_translation", ("source", "target"), "bleu"),
     "toy_headlines": ("toy_headlines", ("source", "target"), "rouge1"),
+    **{f"toy_{name}": (f"toy_{name}", ("source", "target"), "bleu") for name in ("cinema", "trains", "weather")},
 }
 
 
@@ -278,13 +281,14 @@ def text(name: str) -> TextData:
 
     Embedded: ``toy_reviews``; ``toy_requests`` and ``toy_domains``, the same requests with their intent and with their
     domain as label, as are ``clinc150`` and ``clinc_domains``: rows and ids agree; ``toy_translation`` and
-    ``toy_headlines``, sequences.
+    ``toy_headlines``, sequences; ``toy_cinema``, ``toy_trains``, ``toy_weather``, dialogue acts and sentences.
 
     From ``KDLIB_DATA``, in the layout that ``data/README.md`` gives: GLUE's ``sst2``, ``cola``, ``mrpc``, ``rte``,
     ``stsb``, ``qnli``, ``qqp`` and ``mnli`` (its mismatched part is ``test``); ``trec``, ``clinc150``, ``ag_news`` and
     reviews (``amazon_books``, ``_dvd``, ``_electronics``, ``_kitchen``, ``airline_reviews``, ``yelp_sentences``);
-    translation ``multi30k``, ``iwslt14`` and ``wmt16``, summaries ``aeslc`` and ``cnn_dm``. GLUE and the sequences else
-    come from the hub. Where there is no validation part, a tenth of the training part is it.
+    translation ``multi30k``, ``iwslt14`` and ``wmt16``, summaries ``aeslc`` and ``cnn_dm``, data-to-text
+    ``rnnlg_restaurant``, ``_hotel``, ``_tv`` and ``_laptop``. GLUE and the sequences but RNNLG else come from the hub.
+    Where there is no validation part, a tenth of the training part is it.
 
     Of sequences, white space counts as one space. A pair with an empty side is left out, and of ``aeslc`` one whose
     e-mail is quoted-printable code; ids go on counting, so that they name the row of the original.
@@ -346,11 +350,18 @@ def _labelled(rows: list[tuple], ids: Tensor, classes: list[str], place: str) ->
     texts, given = [row[0] if len(row) == 2 else row[:-1] for row in rows], [row[-1] for row in rows]
     known = {key: number for number in range(len(classes)) for key in (number, str(number))}
     known |= {name: number for number, name in enumerate(classes)}
-    labels = [known.get(str(label), known.get(label)) if classes else float(label) for label in given]
+    labels = [known.get(str(label), known.get(label)) if classes else _number(label) for label in given]
     if None in labels:
-        row, wanted = labels.index(None), ", ".join(classes)
-        raise ValueError(f"{place}, row {row}: the label {given[row]!r} is none of {wanted}; unpack that file again")
+        row, wanted = labels.index(None), f"none of {', '.join(classes)}" if classes else "no number"
+        raise ValueError(f"{place}, row {row}: the label {given[row]!r} is {wanted}; unpack that file again")
     return TextSet(texts, labels, ids, classes, place)
+
+
+def _number(label: Any) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
 
 
 def _stand_in(name: str, corpus: Corpus) -> TextData:
