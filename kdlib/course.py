@@ -24,7 +24,7 @@ from kdlib.data import sources
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks" if (ROOT / "notebooks" / "exercises").is_dir() else Path(__file__).parent / "lessons"
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/kdlib/kdlib/blob/main/{})"
-METRICS = ("test", "test_accuracy", "accuracy", "score", "validation")  # the one a table of runs is read by
+METRICS = ("average", "test", "test_accuracy", "accuracy", "score", "validation")  # the one a table of runs is read by
 
 
 # What stands for a chapter: a results file's table and metric, the two arms, and what their difference does not show.
@@ -33,6 +33,7 @@ HEADLINES = {
     "01": ("students", "test", "annealing", "KD", "under SGD, with few small pictures; not with fourteen times as many at 32 px"),
     "02": ("students", "score", "ImitKD", "vanilla", "the teacher's words on the data's own prefixes, and SeqKD, gain as much"),
     "03": ("domains", "test", "RL, gain", "uniform mean", "not with teachers that differ in kind rather than in what they know"),
+    "04": ("streams", "average", "Word-KD", "LAMOL, equal weights", "a teacher that is its student's equal, without pretraining"),
 }  # fmt: skip
 
 

@@ -194,8 +194,9 @@ class _Walk:
 
 
 def _held(kind: type, state: dict[str, Any]) -> dict[str, Any]:
-    """What an object holds, without what it may compute again."""
-    return {k: item for k, item in state.items() if not isinstance(getattr(kind, str(k), None), cached_property)}
+    """What an object holds, without what it may compute again, and without a hash that is another in each process."""
+    kept = {k: item for k, item in state.items() if k != "_original_object_hash"}  # of transformers' GenerationConfig
+    return {k: item for k, item in kept.items() if not isinstance(getattr(kind, str(k), None), cached_property)}
 
 
 def _module(name: str, package: str | None) -> Any:
@@ -239,5 +240,5 @@ def _patched(cls: type) -> Iterator[tuple[str, Any]]:
         if isinstance(function, types.FunctionType):
             if _own(function.__globals__.get("__name__", "")) or _own(function.__module__ or ""):  # or decorated
                 yield name, function
-        elif issubclass(cls, nn.Module) and isinstance(item, SCALARS) and name not in MADE:
+        elif issubclass(cls, nn.Module) and isinstance(item, SCALARS) and name not in MADE and "cache" not in name:
             yield name, item

@@ -22,6 +22,7 @@ ENCODERS = {
     "roberta-base": ("roberta", 12, 768, 12, 50_265),
     "roberta-large": ("roberta", 24, 1024, 16, 50_265),
     "distilroberta-base": ("roberta", 6, 768, 12, 50_265),
+    "gpt2": ("gpt2", 12, 768, 12, 50_257),
 }
 
 

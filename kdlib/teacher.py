@@ -226,10 +226,10 @@ def _answers(teacher: Teacher, data: Any, view: int) -> Tensor:
 
 
 def _quality(logits: Tensor, data: Any) -> dict[str, float]:
-    """Accuracy and calibration of answers about labelled classes, for the card."""
+    """Accuracy and mean confidence of answers about labelled classes, for the card."""
     labels = getattr(data, "labels", None)
     if labels is None or labels.is_floating_point() or logits.shape[-1] < 2:
         return {}
     labels, sure = labels[data.ids.argsort()], float(logits.softmax(-1).amax(-1).mean())
-    found = {"accuracy": metrics.accuracy(logits, labels), "ece": metrics.ece(logits, labels), "confidence": sure}
+    found = {"accuracy": metrics.accuracy(logits, labels), "confidence": sure}
     return {name: round(value, 4) for name, value in found.items()}

@@ -530,3 +530,26 @@ def test_another_process_agrees_on_what_fit_and_data_reach(tmp_path):
     text += "def train(seed, folder):\n    data = kd.data.images('digits'), kd.data.text('toy_topics')\n"
     text += "    return kd.fit, kd.cache_teacher, kd.models.resnet(8, 10), data, nn.Linear(2, 2)\n"
     assert hashed(tmp_path, text) == hashed(tmp_path, text)
+
+
+def test_what_a_library_keeps_on_its_classes_for_speed_is_nothing(monkeypatch):
+    """transformers notes on a model's class, at its first use, what it found out about it."""
+    before = fingerprint(nn.Linear)
+    monkeypatch.setattr(nn.Linear, "_can_do_this_cached_value", False, raising=False)
+    assert fingerprint(nn.Linear) == before
+    monkeypatch.setattr(nn.Linear, "gain", 2.0, raising=False)
+    assert fingerprint(nn.Linear) != before
+
+
+def test_a_language_model_is_the_same_in_every_process():
+    """Python salts its hashes of strings; transformers keeps such a hash in a model's generation config."""
+    make = (
+        "import torch, transformers; from kdlib.fingerprint import fingerprint; torch.manual_seed(0);"
+        "config = transformers.GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=1);"
+        "print(fingerprint(transformers.GPT2LMHeadModel(config)))"
+    )
+    found = [
+        subprocess.check_output([sys.executable, "-c", make], env={**os.environ, "PYTHONHASHSEED": seed}, text=True)
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]
