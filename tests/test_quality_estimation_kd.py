@@ -287,7 +287,7 @@ def test_learn_trains_on_its_column_and_judges_by_gold(tmp_path):
     parts = {part: replace(DATA, labels=gold, name=part) for part in ("train", "validation", "test")}
     shared = dict(
         pairs=parts, columns={"gold": gold.numpy(), "turned round": 1 - gold.numpy()}, judges={}, sizes=SIZES, hidden=8,
-        optimizer=torch.optim.Adam, rate=0.05, epochs=15, batch_size=4, dropout=0.0,
+        optimizer="Adam", rate=0.05, epochs=15, batch_size=4, dropout=0.0,
     )  # fmt: skip
 
     def learn(**arm):

@@ -35,7 +35,10 @@ def attention(relevance: Tensor, real: Tensor) -> Tensor:
 def masked_cases() -> list[tuple]:
     g = torch.Generator().manual_seed(5)
     real = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    return [(torch.randn(3, 4, generator=g), real), (torch.full((2, 3), -90.0), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool())]
+    return [
+        (torch.randn(3, 4, generator=g), real),
+        (torch.full((2, 3), -90.0), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()),
+    ]
 
 
 ATTENTION = {
@@ -54,7 +57,9 @@ ATTENTION = {
 # --- 05.3 where the parameters are: answer(source_words, target_words, width, hidden) -> int ---
 
 
-def count(source_words: int, target_words: int, width: int, hidden: int, *, directions=2, gates=3, biases=2, extra=0) -> int:
+def count(
+    source_words: int, target_words: int, width: int, hidden: int, *, directions=2, gates=3, biases=2, extra=0
+) -> int:
     gru = directions * gates * (width * hidden + hidden * hidden + biases * hidden)
     side = gru + (2 * hidden) * (2 * hidden) + 2 * hidden + 2 * hidden
     return width * (source_words + target_words) + 2 * side + 4 * hidden + 1 + extra
