@@ -30,7 +30,7 @@ METRICS = ("average", "test", "test_accuracy", "accuracy", "score", "validation"
 # What stands for a chapter: a results file's table and metric, the two arms, and what their difference does not show.
 HEADLINES = {
     "00": ("students", "test_accuracy", "KD, T=4", "labels only", "a teacher that scores lower taught better"),
-    "01": ("students", "test", "annealing", "KD", "under SGD, with few small pictures; not with fourteen times as many at 32 px"),
+    "01": ("students", "test", "annealing", "KD", "under Adam no lead over KD was shown, with a warm-up none over a constant; KD from a modest teacher is better"),
     "02": ("students", "score", "ImitKD", "vanilla", "the teacher's words on the data's own prefixes, and SeqKD, gain as much"),
     "03": ("domains", "test", "RL, gain", "uniform mean", "not with teachers that differ in kind rather than in what they know"),
     "04": ("streams", "average", "Word-KD", "LAMOL, equal weights", "a teacher that is its student's equal, without pretraining"),
@@ -115,6 +115,7 @@ def run(paths: Sequence[Path], *, out: Path | None = None, in_place: bool = Fals
             bar.set_description(path.stem)
             target, began = folder / path.relative_to(NOTEBOOKS), time.time()
             figures, log = target.with_suffix(""), target.with_suffix(".rehearsal.jsonl")
+            log.parent.mkdir(parents=True, exist_ok=True)
             log.unlink(missing_ok=True)
             os.environ |= {"KDLIB_FIGURES": str(figures), "KDLIB_REHEARSAL_LOG": str(log)}
             if failure := _execute(book, path, bar):

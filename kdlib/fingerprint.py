@@ -149,7 +149,9 @@ class _Walk:
         if _own(module):
             return _hash("function", self.code(function), self.of(given), self.of(closure))
         made = "<locals>" in function.__qualname__ or _own(function.__module__ or "")  # by a call, or by a decorator
-        return _hash("function", module, function.__qualname__, self.of([given, closure] if made else None))
+        # a library may wrap its own functions later on, under their names
+        named = module if _own(function.__module__ or "") else function.__module__
+        return _hash("function", named, function.__qualname__, self.of([given, closure] if made else None))
 
     def code(self, function: types.FunctionType) -> bytes:
         """Instructions with their names and constants, and what they read from outside."""

@@ -232,8 +232,8 @@ def tune(
 
 def _outside(best: Settings, tried: list[Settings], keys: list[str]) -> Iterator[Settings]:
     """``best`` with the next value outside, for each number whose best value is at an edge of those tried."""
-    for key in keys:
-        values = {settings[key] for settings in tried}
+    for key in filter(best.__contains__, keys):
+        values = {settings[key] for settings in tried if key in settings}
         for edge, factor in ((min(values), 1 / 3), (max(values), 3)):
             if best[key] == edge and len(values) > 1:
                 yield {**best, key: float(f"{edge * factor:.2g}")}

@@ -553,3 +553,13 @@ def test_a_language_model_is_the_same_in_every_process():
         for seed in ("1", "2")
     ]
     assert found[0] == found[1]
+
+
+def test_a_library_that_wraps_its_own_functions_on_the_way_does_not_act():
+    ask = (
+        "import kdlib as kd, torch\nfrom kdlib.fingerprint import fingerprint\n"
+        "of = lambda: fingerprint(kd.scale.seed_everything, torch.optim.Adam)\nbefore = of()\n"
+        "import torch._dynamo\ntorch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).step()\nprint(before == of())"
+    )
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"

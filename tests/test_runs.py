@@ -379,6 +379,13 @@ def test_a_best_value_at_the_edge_of_its_grid_widens_it():
     assert chosen == {"x": {"rate": 0.9}} and len(table) == 3
 
 
+def test_a_family_without_the_number_that_widens_stays_as_it_is():
+    trial = lambda *, seed, folder, rate=0.1: kd.Outcome({"validation": rate})  # noqa: E731
+    families = {"a": [{"rate": 0.1}, {"rate": 0.3}], "rule": [{}, {"rate": 0.2}]}
+    chosen, table = kd.tune("some", trial, families, (0,), jobs=1, widen={"rate": 1})
+    assert chosen["a"] == {"rate": 0.9} and chosen["rule"] == {"rate": 0.2} and len(table) == 5
+
+
 def test_of_equal_candidates_the_first_is_chosen():
     families = {"tie": [{"rate": 1.5}, {"rate": 0.5}]}
     assert kd.tune("tuning", trial, families, (0,), jobs=1)[0]["tie"] == {"rate": 1.5}
