@@ -249,7 +249,8 @@ def stream(longest=12):
     tasks = []
     for number in range(2):
         judged = ([[0, number + 1]], [["xname is nice", "nice"]])
-        tasks.append({"train": some(16, task=number, longest=longest), "validation": judged, "test": judged})
+        data = some(16, task=number, longest=longest)
+        tasks.append({"train": data, "validation": judged, "test": judged, "score": LESSON.bleu})
     return {"tasks": tasks, "longest": longest, "epochs": 2, "batch_size": 4}
 
 
@@ -362,3 +363,17 @@ def test_a_stream_that_was_killed_goes_on_with_the_same_dreams(tmp_path):
     assert dreams.read_bytes() == before
     one, other = (torch.load(folder / "weights.pt", weights_only=True) for folder in (whole, cut))
     assert torch.equal(one, other)
+
+
+def test_a_rivals_own_loss_is_asked_for_once_a_later_task_with_the_model_as_it_was(tmp_path, readable):
+    seen = []
+
+    def also(loss, *, model, tasks, t, folder):
+        seen.append((t, torch.cat([p.detach().flatten() for p in model.parameters()])))
+        return lambda model, batch: 0.0 * loss(model, batch)  # nothing is learnt
+
+    found = learn(tmp_path, gamma=0.5, also=also)
+    before = torch.cat([p.flatten() for p in small(0).parameters()])
+    assert [t for t, _ in seen] == [1] and torch.equal(seen[0][1], before)
+    assert found.metrics["moved"] == pytest.approx(float((weights(found) - before).norm()), rel=1e-4)
+    assert found.metrics["moved"] < learn(tmp_path / "b", gamma=0.5).metrics["moved"]

@@ -26,6 +26,8 @@ QA = {
     "the first word of the answer is not asked for: it is predicted where ANS is read": lambda a, t, ans, eos: ([*a, ans, *t], [-100] * (len(a) + 1) + [*t[1:], eos]),
     "the inputs lack ANS: nothing tells the model that the act is over": lambda a, t, ans, eos: ([*a, *t], [-100] * (len(a) - 1) + [*t, eos]),
     "the model cannot see its own answer so far: the text is part of the inputs": lambda a, t, ans, eos: ([*a, ans], [*t, eos]),
+    "inputs and targets have one length: ANS is where the first word of the answer is asked for, so it is not masked": lambda a, t, ans, eos: ([*a, ans, *t], [-100] * (len(a) + 1) + [*t, eos]),
+    "what is not asked for is -100, which cross-entropy ignores; 0 is a word": lambda a, t, ans, eos: ([*a, ans, *t], [0] * len(a) + [*t, eos]),
     "inputs and targets are swapped": lambda a, t, ans, eos: qa(a, t, ans, eos)[::-1],
 }  # fmt: skip
 
@@ -38,9 +40,10 @@ def forgetting(R: Any) -> float:
 
 
 MATRICES = [
-    ([[40.0, 2.0, 1.0], [30.0, 50.0, 3.0], [22.0, 41.0, 60.0]],),
-    ([[40.0, 2.0, 1.0], [44.0, 50.0, 3.0], [41.0, 41.0, 60.0]],),
-    ([[10.0, 0.0], [4.0, 20.0]],),
+    (np.array([[40.0, 2.0, 1.0], [30.0, 50.0, 3.0], [22.0, 41.0, 60.0]]),),
+    (np.array([[40.0, 2.0, 1.0], [44.0, 50.0, 3.0], [41.0, 41.0, 60.0]]),),
+    (np.array([[10.0, 0.0], [4.0, 20.0]]),),
+    (np.array([[10.0, 0.0, 0.0], [4.0, 20.0, 0.0], [13.0, 11.0, 30.0]]),),  # the first task is best at the end
 ]
 FORGETTING = {
     "the last task is counted too: it cannot have been forgotten yet": lambda R: float((np.max(R, 0) - np.asarray(R)[-1]).mean()),
@@ -52,6 +55,9 @@ FORGETTING = {
     "the mean over the old tasks is asked for, not the worst": lambda R: float((np.max(R, 0) - np.asarray(R)[-1])[:-1].max()),
     "this is how much the first task has lost; there are more": lambda R: float((np.max(R, 0) - np.asarray(R)[-1])[0]),
     "this is the average of the last row: how good the tasks are, not what they lost": lambda R: float(np.mean(R[-1])),
+    "the best is over ALL rows, the last one too: a task that is best at the end has forgotten nothing": lambda R: float((np.max(R[:-1], 0) - R[-1])[:-1].mean()),
+    "the mean is over the old tasks: divide by their number, one less than all": lambda R: float((np.max(R, 0) - R[-1])[:-1].sum() / len(R)),
+    "the difference is asked for, not its share of the best": lambda R: float(((np.max(R, 0) - R[-1]) / np.max(R, 0))[:-1].mean()),
     "one number is asked for, not one a task": lambda R: (np.max(R, 0) - np.asarray(R)[-1])[:-1].tolist(),
 }  # fmt: skip
 
@@ -89,6 +95,7 @@ DREAMS = [
     ([3, 4, ANS, EOS], ANS, EOS),
     ([3, 52, ANS, 7, EOS], ANS, EOS),
     ([3, ANS, 7, 53, EOS], ANS, EOS),
+    ([3, EOS, ANS, 7, EOS], ANS, EOS),
     ([EOS], ANS, EOS),
     ([5, ANS, 6, EOS], ANS, EOS),
 ]
@@ -123,6 +130,8 @@ PARSE = {
     "ANS is still in the text": lambda r, a, e: (found[0], [a, *found[1]]) if (found := parsed(r, a, e)) else False,
     "act and text are swapped": lambda r, a, e: found[::-1] if (found := parsed(r, a, e)) else False,
     "return the pair (act, text), not whether there is one": lambda r, a, e: bool(parsed(r, a, e)),
+    "where there is no example, return False, not None": lambda r, a, e: parsed(r, a, e) or None,
+    "eos itself is special too: in the middle of a row it is no word": lambda r, a, e: (r[: (k := r.index(a))], r[k + 1 : -1]) if r.count(a) == 1 and r[-1] == e and 0 < r.index(a) < len(r) - 2 and max(i for i in r[:-1] if i != a) <= e else False,
     "good rows are dropped as well": lambda r, a, e: False,
 }  # fmt: skip
 
