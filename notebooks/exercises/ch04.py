@@ -46,7 +46,7 @@ MATRICES = [
     (np.array([[10.0, 0.0, 0.0], [4.0, 20.0, 0.0], [13.0, 11.0, 30.0]]),),  # the first task is best at the end
 ]
 FORGETTING = {
-    "the last task is counted too: it cannot have been forgotten yet": lambda R: float((np.max(R, 0) - np.asarray(R)[-1]).mean()),
+    "the mean is over the old tasks, one less than all: the last one cannot have been forgotten yet": lambda R: float((np.max(R, 0) - np.asarray(R)[-1]).mean()),
     "this is minus the backward transfer: a task may have become BETTER later, take the best it ever was": lambda R: float((np.diagonal(R) - np.asarray(R)[-1])[:-1].mean()),
     "this is the backward transfer: turn the sign, and take the best the task ever was": lambda R: float((np.asarray(R)[-1] - np.diagonal(R))[:-1].mean()),
     "the sign is turned round: forgetting is a loss, best minus last": lambda R: -forgetting(R),
@@ -56,7 +56,6 @@ FORGETTING = {
     "this is how much the first task has lost; there are more": lambda R: float((np.max(R, 0) - np.asarray(R)[-1])[0]),
     "this is the average of the last row: how good the tasks are, not what they lost": lambda R: float(np.mean(R[-1])),
     "the best is over ALL rows, the last one too: a task that is best at the end has forgotten nothing": lambda R: float((np.max(R[:-1], 0) - R[-1])[:-1].mean()),
-    "the mean is over the old tasks: divide by their number, one less than all": lambda R: float((np.max(R, 0) - R[-1])[:-1].sum() / len(R)),
     "the difference is asked for, not its share of the best": lambda R: float(((np.max(R, 0) - R[-1]) / np.max(R, 0))[:-1].mean()),
     "one number is asked for, not one a task": lambda R: (np.max(R, 0) - np.asarray(R)[-1])[:-1].tolist(),
 }  # fmt: skip
