@@ -85,7 +85,9 @@ if __name__ == "__main__":
 
     clips = [spoken(row, number) for number, row in enumerate(rows())]
     name = FOLDER / "toy_commands"
-    with soundfile.SoundFile(f"{name}.ogg", "w", RATE, 1, format="OGG", subtype="VORBIS", compression_level=0.9) as file:
+    with soundfile.SoundFile(
+        f"{name}.ogg", "w", RATE, 1, format="OGG", subtype="VORBIS", compression_level=0.9
+    ) as file:
         for part in torch.cat(clips).split(RATE):  # in one piece it is too much for some versions of the encoder
             file.write(part.numpy())
     Path(f"{name}.jsonl").write_text(index([len(clip) for clip in clips]), encoding="utf-8")

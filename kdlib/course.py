@@ -34,6 +34,7 @@ HEADLINES = {
     "02": ("students", "score", "ImitKD", "vanilla", "the teacher's words on the data's own prefixes, and SeqKD, gain as much"),
     "03": ("domains", "test", "RL, gain", "uniform mean", "not with teachers that differ in kind rather than in what they know"),
     "04": ("streams", "average", "Word-KD", "LAMOL, equal weights", "a teacher that is its student's equal, without pretraining"),
+    "06": ("rows", "test", "+ stage 2, 10%", "tokens, trained longer, 10%", "few words, known voices, tokens of log-mel frames"),
 }  # fmt: skip
 
 
