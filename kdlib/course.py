@@ -30,7 +30,7 @@ METRICS = ("average", "test", "test_accuracy", "accuracy", "score", "validation"
 # What stands for a chapter: a results file's table and metric, the two arms, and what their difference does not show.
 HEADLINES = {
     "00": ("students", "test_accuracy", "KD, T=4", "labels only", "a teacher that scores lower taught better"),
-    "01": ("students", "test", "annealing", "KD", "under Adam no lead over KD was shown, with a warm-up none over a constant; KD from a modest teacher is better"),
+    "01": ("students", "test", "annealing", "KD", "under Adam no lead over KD was shown, with a warm-up none over the constants 1 and 0.1; KD from a modest teacher is better"),
     "02": ("students", "score", "ImitKD", "vanilla", "the teacher's words on the data's own prefixes, and SeqKD, gain as much"),
     "03": ("domains", "test", "RL, gain", "uniform mean", "not with teachers that differ in kind rather than in what they know"),
     "04": ("streams", "average", "Word-KD", "LAMOL, equal weights", "a teacher that is its student's equal, without pretraining"),
